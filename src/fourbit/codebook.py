@@ -1,0 +1,96 @@
+"""The code tables of the 4-bit and 8-bit formats: the only place where they are written.
+
+Sources: NF4 is Appendix E of the QLoRA paper (arXiv 2305.14314) in the float32 values that
+bitsandbytes ships, which are the canonical ones for files; FP4 is bitsandbytes' E2M1 variant whose
+subnormal is 0.0625 instead of 0.5 (so it is not OCP MXFP4); the signed dynamic map is the 8-bit
+data type of Dettmers et al., arXiv 2110.02861.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+QuantType = Literal["nf4", "fp4"]
+
+QUANT_TYPES: tuple[QuantType, ...] = ("nf4", "fp4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+"""Scales per second-level scale; bitsandbytes' kernels refuse any other."""
+
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+# Magnitudes by the three low bits e|e|m; bit 3 is the sign, so code 8 is minus zero.
+_FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4_VALUES = tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4_TWELFTHS)
+
+# Codes in ascending order of value. Plus zero stands before minus zero, as in bitsandbytes' CPU
+# kernel: a value that rounds to zero from above therefore gets code 8.
+_ASCENDING_CODES: dict[str, tuple[int, ...]] = {
+    "nf4": tuple(range(16)),
+    "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
+}
+_VALUES: dict[str, tuple[float, ...]] = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
+
+
+@lru_cache(maxsize=64)
+def code(quant_type: str, device: torch.device) -> Tensor:
+    """The 16 values by code, float32 ``[16]``."""
+    return torch.tensor(_VALUES[quant_type], dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=64)
+def ascending_codes(quant_type: str, device: torch.device) -> Tensor:
+    """The 16 codes ordered by value, uint8 ``[16]``."""
+    return torch.tensor(_ASCENDING_CODES[quant_type], dtype=torch.uint8, device=device)
+
+
+@lru_cache(maxsize=64)
+def thresholds(quant_type: str, device: torch.device) -> Tensor:
+    """The 15 float32 midpoints between neighbouring values; above a threshold goes up."""
+    order = torch.tensor(_ASCENDING_CODES[quant_type])
+    values = torch.tensor(_VALUES[quant_type], dtype=torch.float32)[order]
+    return ((values[:-1] + values[1:]) / 2).to(device)
+
+
+@lru_cache(maxsize=64)
+def byte_pairs(quant_type: str, device: torch.device) -> Tensor:
+    """Both values of every packed byte, float32 ``[256, 2]``: high nibble first."""
+    byte = torch.arange(256)
+    values = torch.tensor(_VALUES[quant_type], dtype=torch.float32)
+    return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).contiguous().to(device)
+
+
+@lru_cache(maxsize=64)
+def signed_dynamic_map(device: torch.device) -> Tensor:
+    """The 8-bit signed dynamic data type, float32 ``[256]`` ascending; code 127 is exactly 0.
+
+    For each exponent ``10**(i-6)``, ``i = 0..6``, the midpoints of ``2**i`` equal steps between
+    0.1 and 1, with both signs, and besides them 0 and 1.
+    """
+    values: list[float] = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        positive = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
+        values += positive.tolist() + (-positive).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)

@@ -1,0 +1,199 @@
+"""What this machine has: instruction sets, dtypes, memory. Asked on call, never at import."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fourbit.errors import InputError
+
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_X86_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+_ARM_SETS = ("asimd", "bf16", "i8mm", "sve")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Facts about the host and its accelerator; bytes unless named otherwise."""
+
+    cpu: str
+    cores: int
+    threads: int
+    instruction_sets: tuple[str, ...]
+    memory_total: int
+    memory_available: int
+    accelerator: str | None
+    accelerator_memory: int | None
+    bf16: bool
+    python: str
+    torch: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self)
+
+
+@lru_cache(maxsize=1)
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that matter to our products, as the operating system names them."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return ()
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            return tuple(name for name in (*_X86_SETS, *_ARM_SETS) if name in flags)
+    return ()
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 products run in hardware.
+
+    Without avx512_bf16, AMX or ARM's bf16 a CPU emulates them, up to five times slower than fp32.
+    """
+    if device.type == "cpu":
+        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(instruction_sets()))
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip is not None
+    return False
+
+
+def default_device() -> torch.device:
+    """The first accelerator torch can use, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of activations and unquantized weights.
+
+    Raises:
+        InputError: bf16 on hardware that would emulate it, fp16 on a CPU.
+    """
+    fast = has_fast_bf16(device)
+    if precision == "auto":
+        if fast:
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if precision == "bf16" and not fast:
+        instead = "fp16" if device.type == "cuda" else "fp32"
+        raise InputError(
+            "no-bf16",
+            where="precision",
+            what=f"{device.type} has no bf16 arithmetic",
+            fix=f"use precision: {instead}, or auto",
+        )
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError(
+            "no-fp16",
+            where="precision",
+            what="fp16 training needs an accelerator",
+            fix="use precision: bf16 or fp32, or auto",
+        )
+    return _DTYPES[precision]
+
+
+def machine() -> Machine:
+    """Everything `fourbit doctor` says about this machine."""
+    device = default_device()
+    total, available = host_memory()
+    accelerator = memory = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        accelerator, memory = properties.name, properties.total_memory
+    return Machine(
+        cpu=_cpu_name(),
+        cores=os.cpu_count() or 1,
+        threads=torch.get_num_threads(),
+        instruction_sets=instruction_sets(),
+        memory_total=total,
+        memory_available=available,
+        accelerator=accelerator,
+        accelerator_memory=memory,
+        bf16=has_fast_bf16(device),
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def host_memory() -> tuple[int, int]:
+    """``(total, available)`` bytes of host memory; zeros where the system does not say."""
+    path = Path("/proc/meminfo")
+    if path.exists():
+        fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
+        values = [int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")]
+        return values[0], values[1]
+    if sys.platform == "win32":
+        return 0, 0
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total, 0
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak measurement; on a CPU that is the kernel's high-water mark."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    mark = Path("/proc/self/clear_refs")
+    if mark.exists():
+        try:
+            mark.write_text("5")
+        except OSError:
+            return  # a container may forbid it: the peak then counts from the process's start
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the highest since `reset_peak_memory`: device memory, or the process's RSS."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _status_bytes("VmHWM")
+
+
+def resident_memory() -> int | None:
+    """Resident bytes of this process now."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int | None:
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    for line in path.read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def release_memory() -> None:
+    """Gives freed memory back to the system.
+
+    glibc keeps what tensor-by-tensor loading freed; after a load that can be several times the
+    quantized model.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,177 @@
+"""PEFT hands our quantized linear to our fused layer; counting tells the truth.
+
+Hooks used, each with a test in ``tests/integrations/test_peft.py``:
+
+- ``peft.tuners.lora.model.dispatch_default`` is wrapped. It is looked up as a module global at
+  call time, so one wrap covers ``get_peft_model``, ``PeftModel.from_pretrained``,
+  ``model.add_adapter``, ``load_adapter`` and TRL. (``LoraConfig._register_custom_module`` is the
+  documented way, but holds for one config object only and is not saved.)
+- ``PeftModel.get_nb_trainable_parameters`` is wrapped: it would count packed bytes as parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft.tuners.lora.model as peft_lora_model
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fourbit.errors import InputError, ModelError
+from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.lora import LoraSettings, lora_forward
+
+_MARK = "_fourbit_hook"
+_WEIGHT_INITS = (True, False, None, "gaussian")
+
+
+class LoraLinear4bit(PeftLoraLinear):
+    """PEFT's LoRA layer on a `Linear4bit`: same module tree and files, fused arithmetic.
+
+    One active, unmerged, plain adapter takes the fused operation; everything else (several
+    adapters, DoRA, mixed batches, disabled adapters) is PEFT's own code, unchanged.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        if config.init_lora_weights not in _WEIGHT_INITS:
+            raise InputError(
+                "init-needs-weights",
+                where="lora.init_lora_weights",
+                what=f"'{config.init_lora_weights}' reads 16-bit weights, the base has 4 bits",
+                fix="use true or gaussian",
+            )
+        config.fan_in_fan_out = False  # the packed weight is [out, in] for GPT-2's Conv1D too
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
+    def _fused_adapter(self) -> str | None:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1:
+            return None
+        name = active[0]
+        plain = name not in self.lora_variant and not self.lora_bias[name]
+        return name if plain else None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        name = None if args or kwargs else self._fused_adapter()
+        base = self.get_base_layer()
+        if name is None or not isinstance(base, Linear4bit):
+            return super().forward(x, *args, **kwargs)
+        dropout = self.lora_dropout[name]
+        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return lora_forward(
+            base,
+            x,
+            (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], probability),
+        )
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: rounding ``W + sBA`` back to 4 bits would lose most of what was learned."""
+        raise ModelError(
+            "merge-into-4bit",
+            where=type(self).__name__,
+            what="an adapter cannot be merged into packed 4-bit weights without losing it",
+            fix="keep the adapter beside the base, or merge it into the 16-bit base with PEFT",
+        )
+
+    def extra_repr(self) -> str:
+        """Rank, alpha and dropout of each adapter, for ``print(model)``."""
+        return ", ".join(
+            f"{name}: r={self.r[name]}, lora_alpha={self.lora_alpha[name]},"
+            f" scaling={self.scaling[name]:g}"
+            for name in self.lora_A
+        )
+
+
+def install() -> None:
+    """Wraps the two hooks once; called when the first quantized model is made, never at import."""
+    dispatch = peft_lora_model.dispatch_default
+    if not getattr(dispatch, _MARK, False):
+
+        def dispatch_fourbit(
+            target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
+        ) -> nn.Module | None:
+            base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            if isinstance(base, Linear4bit) and kwargs.get("parameter_name") is None:
+                kwargs.pop("parameter_name", None)
+                return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
+            return dispatch(target, adapter_name, config=config, **kwargs)
+
+        setattr(dispatch_fourbit, _MARK, True)
+        peft_lora_model.dispatch_default = dispatch_fourbit
+
+    count = PeftModel.get_nb_trainable_parameters
+    if not getattr(count, _MARK, False):
+
+        def count_fourbit(self: PeftModel) -> tuple[int, int]:
+            if any(isinstance(module, Linear4bit) for module in self.modules()):
+                return parameter_counts(self)
+            return count(self)
+
+        setattr(count_fourbit, _MARK, True)
+        PeftModel.get_nb_trainable_parameters = count_fourbit
+
+
+def lora_config(settings: LoraSettings, *, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
+    """The PEFT configuration of ``settings``."""
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats in practice
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.target_modules,
+        exclude_modules=settings.exclude_modules,
+        modules_to_save=settings.modules_to_save,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        init_lora_weights=settings.init_lora_weights,
+        task_type=task_type,
+    )
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """``name -> (in_features, out_features)`` of every linear layer an adapter could sit on."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.in_features, module.out_features)
+        elif isinstance(module, Conv1D):
+            shapes[name] = (module.weight.shape[0], module.weight.shape[1])
+    return shapes
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Every layer with an adapter, by its name without PEFT's prefix."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
+    """Modules that are trained whole (`modules_to_save`), by name without PEFT's prefix."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+
+
+def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of an output projection; None when it is not a plain linear layer."""
+    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
+        active = [name for name in head.active_adapters if name in head.modules_to_save]
+        head = head.modules_to_save[active[0]] if active else head.original_module
+    if type(head) is not nn.Linear or not torch.is_floating_point(head.weight):
+        return None
+    return head.weight, head.bias

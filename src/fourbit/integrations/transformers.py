@@ -1,0 +1,314 @@
+"""Our quantizer as transformers knows quantizers: the one way a model is loaded in 4 bits.
+
+Hooks used, each with a test: the public registries of quantization configs and quantizers, and
+`PreTrainedModel.num_parameters`, wrapped because it would count packed bytes as parameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fourbit.errors import InputError, ModelError, nearest
+from fourbit.integrations import peft as peft_hooks
+from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.quantize import QuantConfig
+
+_METHOD = "fourbit"
+_MARK = "_fourbit_hook"
+_LATER = (
+    "load_in_8bit",
+    "llm_int8_threshold",
+    "llm_int8_has_fp16_weight",
+    "llm_int8_compute_dtype",
+)
+
+
+@register_quantization_config(_METHOD)
+@dataclass(init=False)
+class FourbitConfig(QuantizationConfigMixin):
+    """For ``from_pretrained(..., quantization_config=FourbitConfig(...))``.
+
+    Takes the 4-bit names of transformers' ``BitsAndBytesConfig`` with their meaning and defaults,
+    so that swapping the class changes no bytes (fp4, block 64, no double quantization, fp32
+    products), plus ``blocksize``.
+
+    Raises:
+        InputError: an unknown name, or a value that is not supported.
+    """
+
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    compute_dtype: torch.dtype | None = None
+    modules_to_not_convert: list[str] | None = None
+
+    def __init__(
+        self,
+        *,
+        load_in_4bit: bool = True,
+        bnb_4bit_quant_type: str = "fp4",
+        bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+        bnb_4bit_use_double_quant: bool = False,
+        blocksize: int = 64,
+        llm_int8_skip_modules: list[str] | None = None,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = _METHOD  # type: ignore[assignment]  # transformers' enum is closed
+        unknown.pop("quant_method", None)
+        _refuse_unknown(unknown)
+        if not load_in_4bit:
+            raise InputError(
+                "not-4bit",
+                where="FourbitConfig.load_in_4bit",
+                what="only 4-bit loading is built",
+                fix="leave load_in_4bit at True, or load without a quantization_config",
+            )
+        if bnb_4bit_quant_type not in ("nf4", "fp4"):
+            raise InputError(
+                "bad-value",
+                where="FourbitConfig.bnb_4bit_quant_type",
+                what=f"'{bnb_4bit_quant_type}' is not nf4 or fp4",
+            )
+        self.quant = QuantConfig(
+            quant_type=bnb_4bit_quant_type,  # type: ignore[arg-type]  # checked above
+            blocksize=blocksize,
+            double_quant=bnb_4bit_use_double_quant,
+        )
+        self.compute_dtype = _torch_dtype(bnb_4bit_compute_dtype or torch.float32)
+        self.modules_to_not_convert = llm_int8_skip_modules
+
+    @classmethod
+    def from_quant(cls, quant: QuantConfig, *, compute_dtype: torch.dtype | None) -> FourbitConfig:
+        """The same from our own configuration; None multiplies in the activations' dtype."""
+        config = cls(
+            bnb_4bit_quant_type=quant.quant_type,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            blocksize=quant.blocksize,
+        )
+        config.compute_dtype = compute_dtype
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, in the names the constructor takes."""
+        dtype = self.compute_dtype or torch.float32
+        return {
+            "quant_method": _METHOD,
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": self.quant.quant_type,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_use_double_quant": self.quant.double_quant,
+            "blocksize": self.quant.blocksize,
+            "llm_int8_skip_modules": self.modules_to_not_convert,
+        }
+
+
+def _refuse_unknown(unknown: dict[str, Any]) -> None:
+    for name, value in unknown.items():
+        if name == "bnb_4bit_quant_storage" and value in (None, "uint8", torch.uint8):
+            continue
+        known = (
+            "load_in_4bit",
+            "bnb_4bit_quant_type",
+            "bnb_4bit_compute_dtype",
+            "bnb_4bit_use_double_quant",
+            "blocksize",
+            "llm_int8_skip_modules",
+        )
+        later = name in _LATER or name == "bnb_4bit_quant_storage"
+        raise InputError(
+            "not-built" if later else "unknown-key",
+            where=f"FourbitConfig.{name}",
+            what="is not built yet" if later else "unknown name",
+            fix="leave it out" if later else nearest(name, known),
+        )
+
+
+def _torch_dtype(value: torch.dtype | str) -> torch.dtype:
+    if isinstance(value, torch.dtype):
+        return value
+    dtype = getattr(torch, value.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(
+            "bad-value",
+            where="FourbitConfig.bnb_4bit_compute_dtype",
+            what=f"'{value}' is no dtype",
+            fix="use bfloat16, float16 or float32",
+        )
+    return dtype
+
+
+class _Quantize(ConversionOps):
+    """One weight, as it arrives from disk, to its packed parameters."""
+
+    def __init__(self, hf_quantizer: FourbitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Names and 16/32-bit tensors in, names and integer parameters out."""
+        assert model is not None
+        result: dict[str, Any] = {}
+        for name, value in input_dict.items():
+            weight: Tensor = value[0] if isinstance(value, list) else value
+            layer, _ = get_module_from_name(model, name)
+            assert isinstance(layer, Linear4bit)
+            if layer.transposed_source:
+                weight = weight.t()
+            layer.original_dtype = weight.dtype
+            prefix = name.removesuffix("weight")
+            for key, tensor in layer.quantized(weight, name=name).items():
+                result[prefix + key] = nn.Parameter(tensor, requires_grad=False)
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # read by transformers
+        return result
+
+
+@register_quantizer(_METHOD)
+class FourbitQuantizer(HfQuantizer):
+    """Streams weights into `Linear4bit` layers while transformers loads them."""
+
+    quantization_config: FourbitConfig
+    requires_calibration = False
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes per quantized weight, for transformers' device placement."""
+        return self.quantization_config.quant.bits_per_weight / 8
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on the model."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The ops have fakes and registered autograd."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` may write the packed model."""
+        return False
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses a checkpoint that is already quantized."""
+        if self.pre_quantized:
+            raise ModelError(
+                "already-quantized",
+                where="config.json",
+                what="the checkpoint is already quantized",
+                fix="start from the 16-bit checkpoint",
+            )
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether the tensor of this name is the weight of a 4-bit layer."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def get_quantize_ops(self) -> _Quantize:
+        """The operation transformers applies to each such tensor."""
+        return _Quantize(self)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        config = self.quantization_config
+        replace_linears(
+            model,
+            config.quant,
+            compute_dtype=config.compute_dtype,
+            skip=self.get_modules_to_not_convert(
+                model,
+                config.modules_to_not_convert,
+                list(model._keep_in_fp32_modules or []),
+                add_default_skips=True,
+            ),
+        )
+        install()
+        return model
+
+
+def replace_linears(
+    model: nn.Module,
+    quant: QuantConfig,
+    *,
+    compute_dtype: torch.dtype | None,
+    skip: list[str],
+) -> list[str]:
+    """Swaps every linear layer (GPT-2's Conv1D too) for a `Linear4bit`, in place.
+
+    On the meta device, where transformers builds models, only shapes are made.
+
+    Returns:
+        The names of the replaced layers.
+    """
+    replaced = []
+    for name, module in list(model.named_modules()):
+        conv1d = isinstance(module, Conv1D)
+        if not (conv1d or type(module) is nn.Linear) or not should_convert_module(name, skip):
+            continue
+        if conv1d:
+            module = _as_linear(module)
+        layer = Linear4bit.from_linear(module, quant, compute_dtype=compute_dtype, name=name)
+        layer.transposed_source = conv1d
+        model.set_submodule(name, layer)
+        replaced.append(name)
+    return replaced
+
+
+def _as_linear(conv: Conv1D) -> nn.Linear:
+    in_features, out_features = conv.weight.shape
+    with torch.device("meta"):
+        linear = nn.Linear(in_features, out_features)
+    linear.weight = nn.Parameter(conv.weight.detach().t(), requires_grad=False)
+    linear.bias = conv.bias
+    return linear.train(conv.training)
+
+
+def quantize_model(
+    model: PreTrainedModel, quant: QuantConfig, *, compute_dtype: torch.dtype | None = None
+) -> list[str]:
+    """Quantizes a model that is already in memory (or on meta), in place.
+
+    The output head, tied weights and embeddings stay as they are.
+
+    Returns:
+        The names of the quantized layers.
+    """
+    skip = HfQuantizer.get_modules_to_not_convert(
+        model, keep_in_fp32_modules=list(model._keep_in_fp32_modules or [])
+    )
+    replaced = replace_linears(model, quant, compute_dtype=compute_dtype, skip=skip)
+    install()
+    return replaced
+
+
+def install() -> None:
+    """Makes PEFT and parameter counts aware of our layers; called when a model is made."""
+    peft_hooks.install()
+    count = PreTrainedModel.num_parameters
+    if getattr(count, _MARK, False):
+        return
+
+    def num_parameters(
+        self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
+    ) -> int:
+        if not any(isinstance(module, Linear4bit) for module in self.modules()):
+            return count(self, only_trainable, exclude_embeddings)
+        trainable, total = parameter_counts(self)
+        embeddings = 0
+        if exclude_embeddings:
+            weights = {m.weight for m in self.modules() if isinstance(m, nn.Embedding)}
+            kept = [w for w in weights if w.requires_grad or not only_trainable]
+            embeddings = sum(weight.numel() for weight in kept)
+        return (trainable if only_trainable else total) - embeddings
+
+    setattr(num_parameters, _MARK, True)
+    PreTrainedModel.num_parameters = num_parameters

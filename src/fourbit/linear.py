@@ -1,0 +1,190 @@
+"""`Linear4bit`: a frozen 4-bit linear layer whose whole state is plain integer parameters.
+
+Floating scales would be cast by ``model.to(torch.bfloat16)`` and by FSDP2's mixed precision
+without a word; persistent buffers break sharded loading. So the float32 scales are held as their
+bits in int32, and the layer survives ``.to(dtype)``, ``state_dict``, pickling and ``deepcopy``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fourbit import ops
+from fourbit.codebook import NESTED_BLOCKSIZE, QuantType
+from fourbit.quantize import QuantConfig, quantize_4bit
+
+SCALE_NAMES = ("weight_absmax", "weight_nested_absmax", "weight_nested_offset")
+"""Parameters of a `Linear4bit` that are scales: bytes, but no weights of the model."""
+
+
+class Linear4bit(nn.Linear):
+    """``y = x · dequant(W)ᵀ + bias`` with W frozen in 4 bits; backward gives dX only.
+
+    Shapes: x ``[..., in_features]``, y ``[..., out_features]``. ``weight`` is uint8
+    ``[out, in/2]``, or ``[ceil(out*in/2), 1]`` when ``in_features`` is odd. A subclass of
+    ``nn.Linear`` because that is what PEFT's ``all-linear`` and type checks look for.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether a bias exists; it is kept in 16 or 32 bits.
+        quant: data type, block size and double quantization.
+        compute_dtype: dtype of the product; None multiplies in the dtype of ``x``.
+        device: where the empty parameters are made (``meta`` while a model is being built).
+        dtype: of the bias, and what `dequantize` returns by default.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quant: QuantConfig,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # nn.Linear's own constructor would allocate the 16-bit weight this class exists to avoid.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.quant_type: QuantType = quant.quant_type
+        self.blocksize, self.double_quant = quant.blocksize, quant.double_quant
+        self.compute_dtype = compute_dtype
+        self.original_dtype = dtype or torch.get_default_dtype()
+        self.transposed_source = False
+
+        numel = in_features * out_features
+        blocks = -(-numel // self.blocksize)
+        nested = -(-blocks // NESTED_BLOCKSIZE)
+        shape = (out_features, in_features // 2) if in_features % 2 == 0 else ((numel + 1) // 2, 1)
+        self.weight = _frozen(shape, torch.uint8, device)
+        absmax_dtype = torch.uint8 if self.double_quant else torch.int32
+        self.weight_absmax = _frozen((blocks,), absmax_dtype, device)
+        if self.double_quant:
+            self.weight_nested_absmax = _frozen((nested,), torch.int32, device)
+            self.weight_nested_offset = _frozen((1,), torch.int32, device)
+        else:
+            self.register_parameter("weight_nested_absmax", None)
+            self.register_parameter("weight_nested_offset", None)
+        self.bias = _frozen((out_features,), self.original_dtype, device) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant: QuantConfig,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        name: str = "weight",
+    ) -> Linear4bit:
+        """Quantizes the weight of ``linear``; the bias is shared. On ``meta`` only shapes are made.
+
+        Raises:
+            ModelError: NaN or Inf in the weight.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            quant=quant,
+            compute_dtype=compute_dtype,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        if not linear.weight.is_meta:
+            for key, tensor in layer.quantized(linear.weight.detach(), name=name).items():
+                setattr(layer, key, nn.Parameter(tensor, requires_grad=False))
+            layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def quantized(self, weight: Tensor, *, name: str) -> dict[str, Tensor]:
+        """The parameters that represent ``weight`` ``[out, in]`` in this layer's format."""
+        packed, state = quantize_4bit(
+            weight,
+            quant_type=self.quant_type,
+            blocksize=self.blocksize,
+            double_quant=self.double_quant,
+            name=name,
+        )
+        tensors = {"weight": packed.view(self.weight.shape), "weight_absmax": state.absmax}
+        if state.nested_absmax is not None and state.nested_offset is not None:
+            tensors["weight_nested_absmax"] = state.nested_absmax
+            tensors["weight_nested_offset"] = state.nested_offset
+        return {
+            key: tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+            for key, tensor in tensors.items()
+        }
+
+    @property
+    def scales(self) -> ops.Scales:
+        """Packed weight and scales in the form the ops take."""
+        return (
+            self.weight,
+            self.weight_absmax,
+            self.weight_nested_absmax,
+            self.weight_nested_offset,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight ``[out, in]`` in ``dtype`` (default: what it was before)."""
+        return ops.dequantize_4bit(
+            self.scales,
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+            shape=(self.out_features, self.in_features),
+            dtype=dtype or self.original_dtype,
+        )
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The packed weight under the name by which PEFT knows layers with ``dequantize()``."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``input``."""
+        x = input if self.compute_dtype is None else input.to(self.compute_dtype)
+        y = ops.linear_4bit(
+            x,
+            self.scales,
+            self.bias,
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+            out_features=self.out_features,
+        )
+        return y.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        """Shape and format, for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self.bias is not None}, quant_type={self.quant_type},"
+            f" blocksize={self.blocksize}, double_quant={self.double_quant}"
+        )
+
+
+def _frozen(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
+) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """``(trainable, all)`` parameters: 4-bit weights counted unpacked, scales not at all."""
+    trainable = total = 0
+    quantized = {id(m.weight): m for m in model.modules() if isinstance(m, Linear4bit)}
+    scales = {
+        id(parameter)
+        for layer in quantized.values()
+        for name in SCALE_NAMES
+        if (parameter := getattr(layer, name)) is not None
+    }
+    for parameter in model.parameters():
+        if id(parameter) in scales:
+            continue
+        layer = quantized.get(id(parameter))
+        count = layer.in_features * layer.out_features if layer else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,186 @@
+"""LoRA on a 4-bit base: its settings, which layers it lands on, and the fused computation.
+
+LoRA: arXiv 2106.09685; on a 4-bit base: arXiv 2305.14314, equation 5.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from fourbit import ops
+from fourbit.errors import InputError, nearest
+from fourbit.linear import Linear4bit
+from fourbit.settings import Settings
+
+_MATCH_SECONDS = 5.0
+
+
+class LoraSettings(Settings):
+    """The adapter. Names and meanings are PEFT's."""
+
+    r: int = Field(16, ge=1, description="rank of the adapters")
+    lora_alpha: float = Field(32, gt=0, description="the update is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="all-linear, a list of module-name endings, or one regex"
+    )
+    exclude_modules: list[str] | None = Field(None, description="module-name endings to leave out")
+    modules_to_save: list[str] | None = Field(
+        None, description="modules trained whole and saved with the adapter, e.g. [lm_head]"
+    )
+    rank_pattern: dict[str, int] = Field({}, description="r by module-name pattern")
+    alpha_pattern: dict[str, float] = Field({}, description="lora_alpha by module-name pattern")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
+    use_dora: bool = Field(False, description="weight-decomposed adapters (slower, unfused)")
+    init_lora_weights: bool | Literal["gaussian"] = Field(
+        True, description="true: A random, B zero; gaussian: A normal, B zero"
+    )
+
+
+def lora_forward(
+    base: Linear4bit, x: Tensor, adapter: tuple[Tensor, Tensor, float, float]
+) -> Tensor:
+    """Base and adapter as one autograd operation.
+
+    ``y = x · dequant(W)ᵀ + bias + scaling · (dropout(x) · Aᵀ) · Bᵀ``. Saved for backward are only
+    ``x`` and ``dropout(x) · Aᵀ``; W is dequantized again.
+
+    Args:
+        base: the frozen layer, W ``[N, K]``.
+        x: ``[..., K]``.
+        adapter: ``(lora_A [r, K], lora_B [N, r], scaling, dropout probability)``.
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    inner = x if base.compute_dtype is None else x.to(base.compute_dtype)
+    y = ops.lora_linear_4bit(
+        inner,
+        base.scales,
+        base.bias,
+        adapter,
+        blocksize=base.blocksize,
+        quant_type=base.quant_type,
+    )
+    return y.to(x.dtype)
+
+
+def resolve_targets(
+    shapes: Mapping[str, tuple[int, int]], settings: LoraSettings, *, head: str | None
+) -> dict[str, tuple[int, int]]:
+    """The layers the adapter will sit on, before anything is injected.
+
+    Args:
+        shapes: ``name -> (in_features, out_features)`` of every linear layer.
+        settings: the adapter.
+        head: name of the output projection, which is never a target.
+
+    Raises:
+        InputError: nothing matched (near names listed), the output head was asked for, a pattern
+            takes too long to match, or a rank exceeds a layer's dimensions.
+    """
+    wanted = settings.target_modules
+    with _time_box(wanted):
+        matched = {name: s for name, s in shapes.items() if _matches(name, wanted, head)}
+    excluded = settings.exclude_modules or []
+    matched = {n: s for n, s in matched.items() if not any(_ends(n, e) for e in excluded)}
+    if not matched:
+        endings = {name.rsplit(".", 1)[-1] for name in shapes}
+        asked = wanted if isinstance(wanted, str) else ", ".join(wanted)
+        raise InputError(
+            "no-target-modules",
+            where="lora.target_modules",
+            what=f"'{asked}' matches no linear layer of this model",
+            fix=nearest(asked.split(",")[0], endings),
+        )
+    if head is not None and head in matched:
+        raise InputError(
+            "target-is-head",
+            where="lora.target_modules",
+            what=f"'{head}' is the output head, which takes no adapter",
+            fix=f"remove it, or train it whole with lora.modules_to_save: [{head}]",
+        )
+    for name, (in_features, out_features) in matched.items():
+        rank = rank_of(name, settings)
+        if rank > min(in_features, out_features):
+            raise InputError(
+                "rank-too-large",
+                where="lora.r",
+                what=f"rank {rank} exceeds the smaller side of {name}"
+                f" ({out_features} x {in_features})",
+                fix=f"use r <= {min(in_features, out_features)}, or set lora.rank_pattern",
+            )
+    return matched
+
+
+def rank_of(name: str, settings: LoraSettings) -> int:
+    """The rank of the adapter on layer ``name``, `rank_pattern` considered as PEFT does."""
+    for pattern, rank in settings.rank_pattern.items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return rank
+    return settings.r
+
+
+def expected_trainable(targets: Mapping[str, tuple[int, int]], settings: LoraSettings) -> int:
+    """Adapter parameters by formula: ``sum(r * (in + out))``, plus ``out`` each with DoRA."""
+    return sum(
+        rank_of(name, settings) * (in_features + out_features)
+        + (out_features if settings.use_dora else 0)
+        for name, (in_features, out_features) in targets.items()
+    )
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def _matches(name: str, wanted: str | list[str], head: str | None) -> bool:
+    if wanted == "all-linear":
+        return name != head
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(_ends(name, ending) for ending in wanted)
+
+
+@contextmanager
+def _time_box(wanted: str | list[str]) -> Iterator[None]:
+    """Stops a regex that backtracks for ever; only a main thread can be interrupted."""
+    if not isinstance(wanted, str) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        re.compile(wanted)
+    except re.error as error:
+        raise InputError(
+            "bad-regex",
+            where="lora.target_modules",
+            what=f"'{wanted}' is no valid regular expression ({error})",
+            fix="list module names instead, e.g. [q_proj, v_proj]",
+        ) from error
+
+    def stop(_signum: int, _frame: object) -> None:
+        raise InputError(
+            "regex-too-slow",
+            where="lora.target_modules",
+            what=f"matching '{wanted}' took more than {_MATCH_SECONDS:.0f} s",
+            fix="list module names instead, e.g. [q_proj, v_proj]",
+        )
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _MATCH_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)

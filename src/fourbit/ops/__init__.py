@@ -1,0 +1,66 @@
+"""Typed functions over the registered ops; importing this registers the plain PyTorch kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# The import registers the default kernels: an op without one could be defined but not called.
+from fourbit.ops import reference as reference
+
+Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
+
+
+def quantize_4bit(weight: Tensor, *, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Packed codes uint8 ``[ceil(n/2)]`` and float32 absmax ``[b]`` of any floating tensor."""
+    return torch.ops.fourbit.quantize_4bit(weight, blocksize, quant_type)
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization: codes uint8 ``[b]``, nested absmax ``[m]``, offset ``[1]``."""
+    return torch.ops.fourbit.quantize_absmax(absmax)
+
+
+def dequantize_4bit(
+    scales: Scales, *, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The weight as ``shape`` in ``dtype``."""
+    return torch.ops.fourbit.dequantize_4bit(*scales, blocksize, quant_type, list(shape), dtype)
+
+
+def linear_4bit(
+    x: Tensor,
+    scales: Scales,
+    bias: Tensor | None,
+    *,
+    blocksize: int,
+    quant_type: str,
+    out_features: int,
+) -> Tensor:
+    """``x · dequant(W)ᵀ + bias``; differentiable in ``x`` and ``bias``."""
+    return torch.ops.fourbit.linear_4bit(x, *scales, bias, blocksize, quant_type, out_features)
+
+
+def lora_linear_4bit(
+    x: Tensor,
+    scales: Scales,
+    bias: Tensor | None,
+    adapter: tuple[Tensor, Tensor, float, float],
+    *,
+    blocksize: int,
+    quant_type: str,
+) -> Tensor:
+    """Base and adapter as one operation; ``adapter`` is ``(lora_A, lora_B, scaling, dropout)``.
+
+    With dropout a seed is drawn from torch's CPU generator, so that gradient checkpointing, which
+    restores that generator, recomputes with the same mask.
+    """
+    lora_A, lora_B, scaling, dropout = adapter
+    seed = torch.randint(2**62, (1,)) if dropout > 0 else None
+    y, _xa = torch.ops.fourbit.lora_linear_4bit(
+        x, *scales, bias, lora_A, lora_B, seed, blocksize, quant_type, scaling, dropout
+    )
+    return y

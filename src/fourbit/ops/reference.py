@@ -1,0 +1,176 @@
+"""The plain PyTorch kernel of every op: the truth that faster kernels are compared with.
+
+Bits: codes and scales equal bitsandbytes' CPU kernels (float32 arithmetic, midpoints as
+thresholds, the tail block divided instead of multiplied by a reciprocal); nested codes are the
+nearest of all 256 values. `docs/formats.md` lists where bitsandbytes gives another answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fourbit import codebook
+from fourbit.ops.schema import default_kernel, dropout_mask
+
+_TINY = 1e-38  # keeps 1/absmax finite for an all-zero block
+_CHUNK = 1 << 20  # weights handled at once: fp32 temporaries stay inside the last-level cache
+
+
+def _float_bits(scales: Tensor) -> Tensor:
+    return scales.view(torch.float32) if scales.dtype == torch.int32 else scales
+
+
+def _scaled_blocks(values: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """``[n]`` to values in [-1, 1] ``[n]`` and float32 absmax ``[b]``."""
+    flat = values.float()
+    full = flat.numel() - flat.numel() % blocksize
+    blocks = flat[:full].view(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_TINY))[:, None]).clamp_(-1, 1).view(-1)
+    if full < flat.numel():
+        tail_absmax = flat[full:].abs().max().clamp(min=_TINY)
+        absmax = torch.cat((absmax, tail_absmax[None]))
+        scaled = torch.cat((scaled, (flat[full:] / tail_absmax).clamp_(-1, 1)))
+    return scaled, absmax
+
+
+@default_kernel("quantize_4bit")
+def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Packed uint8 ``[ceil(n/2)]`` (high nibble first) and float32 absmax ``[b]``."""
+    flat = weight.reshape(-1)
+    order = codebook.ascending_codes(quant_type, weight.device)
+    bounds = codebook.thresholds(quant_type, weight.device)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=weight.device)
+    for start in range(0, flat.numel(), _CHUNK):
+        scaled, scales = _scaled_blocks(flat[start : start + _CHUNK], blocksize)
+        if scaled.numel() % 2:
+            scaled = torch.nn.functional.pad(scaled, (0, 1))
+        codes = order[torch.bucketize(scaled, bounds, out_int32=True)]
+        first = start // 2
+        packed[first : first + codes.numel() // 2] = (codes[::2] << 4) | codes[1::2]
+        absmax[start // blocksize : start // blocksize + scales.numel()] = scales
+    return packed, absmax
+
+
+@default_kernel("quantize_absmax")
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Second quantization of float32 absmax ``[b]``: codes ``[b]``, scales ``[m]``, offset ``[1]``.
+
+    The mean is taken in float64: torch's float32 mean depends on the number of threads.
+    """
+    if absmax.numel() == 0:
+        empty = absmax.new_empty(0)
+        return empty.to(torch.uint8), empty, absmax.new_zeros(1)
+    offset = absmax.double().mean().float()
+    scaled, nested_absmax = _scaled_blocks(absmax - offset, codebook.NESTED_BLOCKSIZE)
+    values = codebook.signed_dynamic_map(absmax.device)
+    bounds = (values[:-1] + values[1:]) / 2
+    codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+    return codes, nested_absmax, offset[None]
+
+
+def scales_float32(
+    absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
+) -> Tensor:
+    """The float32 scale of each block ``[b]``, whichever way it is stored."""
+    if nested_absmax is None or nested_offset is None:
+        return _float_bits(absmax)
+    values = codebook.signed_dynamic_map(absmax.device)
+    block = torch.arange(absmax.numel(), device=absmax.device) // codebook.NESTED_BLOCKSIZE
+    return values[absmax.int()] * _float_bits(nested_absmax)[block] + _float_bits(nested_offset)
+
+
+@default_kernel("dequantize_4bit")
+def dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """``code[index] * absmax[block]`` in float32, then one rounding to ``dtype``; any ``shape``."""
+    out = torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    flat, codes = out.view(-1), packed.reshape(-1)
+    scales = scales_float32(absmax, nested_absmax, nested_offset)
+    # One 64-bit lookup yields both float32 values of a byte.
+    pairs = codebook.byte_pairs(quant_type, packed.device).view(torch.int64).reshape(-1)
+    for start in range(0, flat.numel(), _CHUNK):
+        stop = min(start + _CHUNK, flat.numel())
+        index = codes[start // 2 : (stop + 1) // 2].to(torch.int32)
+        values = pairs.index_select(0, index).view(torch.float32)[: stop - start]
+        blocks = scales[start // blocksize : -(-stop // blocksize)]
+        full = values.numel() - values.numel() % blocksize
+        values[:full].view(-1, blocksize).mul_(blocks[: full // blocksize, None])
+        if full < values.numel():
+            values[full:] *= blocks[-1]
+        flat[start:stop] = values
+    return out
+
+
+@default_kernel("linear_4bit")
+def linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    out_features: int,
+) -> Tensor:
+    """``x · dequant(W)ᵀ + bias`` in ``x.dtype``."""
+    weight = torch.ops.fourbit.dequantize_4bit(
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        blocksize,
+        quant_type,
+        [out_features, x.shape[-1]],
+        x.dtype,
+    )
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@default_kernel("lora_linear_4bit")
+def lora_linear_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    blocksize: int,
+    quant_type: str,
+    scaling: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """``x · dequant(W)ᵀ + bias + scaling · (drop(x) · Aᵀ) · Bᵀ`` and ``drop(x) · Aᵀ``."""
+    y = linear_4bit(
+        x,
+        packed,
+        absmax,
+        nested_absmax,
+        nested_offset,
+        bias,
+        blocksize,
+        quant_type,
+        lora_B.shape[0],
+    )
+    flat_x = x.reshape(-1, x.shape[-1])
+    if seed is not None and dropout > 0:
+        flat_x = flat_x * dropout_mask(flat_x, seed=seed, dropout=dropout)
+    xa = flat_x @ lora_A.to(x.dtype).t()
+    y.view(-1, y.shape[-1]).addmm_(xa, lora_B.to(x.dtype).t(), alpha=scaling)
+    return y, xa.view(*x.shape[:-1], xa.shape[-1])

@@ -1,0 +1,147 @@
+"""Tensor to packed 4-bit and back: the public functions, their configuration and state.
+
+QLoRA paper (arXiv 2305.14314), section 3: 4-bit NormalFloat and double quantization. Byte layout:
+flat row-major, the even element in the high nibble, blocks over the flat tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from fourbit import codebook, ops
+from fourbit.errors import ModelError
+from fourbit.settings import Settings
+
+ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class QuantConfig(Settings):
+    """How frozen weights are stored. The defaults are the paper's."""
+
+    quant_type: codebook.QuantType = Field("nf4", description="4-bit data type")
+    blocksize: int = Field(64, description="weights that share one scale (absmax)")
+    double_quant: bool = Field(True, description="quantize the scales again, to 8 bits")
+    compute_dtype: ComputeDtype = Field(
+        "auto", description="arithmetic of the matrix product; auto follows `precision`"
+    )
+
+    @field_validator("blocksize")
+    @classmethod
+    def _legal_blocksize(cls, value: int) -> int:
+        if value not in codebook.BLOCKSIZES:
+            legal = ", ".join(map(str, codebook.BLOCKSIZES))
+            raise ValueError(f"blocksize {value} is not one of {legal}")
+        return value
+
+    @property
+    def bits_per_weight(self) -> float:
+        """4 bits plus the share of the scales: 4.127 with double quantization at block 64."""
+        if not self.double_quant:
+            return 4 + 32 / self.blocksize
+        return 4 + 8 / self.blocksize + 32 / (self.blocksize * codebook.NESTED_BLOCKSIZE)
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What is needed besides the packed bytes to restore a tensor.
+
+    Attributes:
+        absmax: float32 ``[b]``, or uint8 ``[b]`` codes with double quantization.
+        nested_absmax: float32 ``[ceil(b/256)]`` with double quantization.
+        nested_offset: float32 ``[1]`` with double quantization.
+        shape: of the original tensor.
+        dtype: of the original tensor.
+    """
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: codebook.QuantType
+    blocksize: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+def check_finite(weight: Tensor, *, name: str) -> None:
+    """Raises when ``weight`` holds NaN or Inf.
+
+    Raises:
+        ModelError: naming the tensor, the first flat index and the count.
+    """
+    # A sum is NaN or Inf whenever an element is; it costs one pass and no mask tensor.
+    if weight.numel() == 0 or torch.isfinite(weight.sum(dtype=torch.float64)):
+        return
+    bad = torch.nonzero(~torch.isfinite(weight.reshape(-1)))
+    if bad.numel() == 0:
+        return
+    index = int(bad[0])
+    raise ModelError(
+        "nonfinite-weight",
+        where=name,
+        what=f"{weight.reshape(-1)[index].item()} at flat index {index}"
+        f" ({bad.numel()} non-finite of {weight.numel()} values)",
+        fix="use an undamaged copy of the checkpoint",
+    )
+
+
+def quantize_4bit(
+    weight: Tensor,
+    *,
+    quant_type: codebook.QuantType = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    name: str = "tensor",
+) -> tuple[Tensor, QuantState]:
+    """Quantizes a tensor of any shape, strides included.
+
+    Args:
+        weight: float32, float16 or bfloat16.
+        quant_type: ``nf4`` or ``fp4``.
+        blocksize: one of `fourbit.codebook.BLOCKSIZES`.
+        double_quant: quantize the scales to 8 bits as well.
+        name: how errors call the tensor.
+
+    Returns:
+        Packed codes uint8 ``[ceil(numel/2), 1]`` and the state that restores them.
+
+    Raises:
+        ModelError: NaN or Inf in ``weight``, naming tensor and flat index.
+        ValueError: an unsupported dtype, data type or block size.
+    """
+    if weight.dtype not in _FLOATS:
+        raise ValueError(
+            f"{name}: cannot quantize {weight.dtype}; use float32, float16 or bfloat16"
+        )
+    if quant_type not in codebook.QUANT_TYPES:
+        raise ValueError(f"quant_type {quant_type!r} is not one of {codebook.QUANT_TYPES}")
+    if blocksize not in codebook.BLOCKSIZES:
+        raise ValueError(f"blocksize {blocksize} is not one of {codebook.BLOCKSIZES}")
+    check_finite(weight, name=name)
+    packed, absmax = ops.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
+    nested_absmax = nested_offset = None
+    if double_quant:
+        absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
+    state = QuantState(
+        absmax, nested_absmax, nested_offset, quant_type, blocksize, weight.shape, weight.dtype
+    )
+    return packed[:, None], state
+
+
+def dequantize_4bit(
+    packed: Tensor, state: QuantState, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Restores a tensor of ``state.shape`` in ``dtype`` (default: the original's)."""
+    return ops.dequantize_4bit(
+        (packed, state.absmax, state.nested_absmax, state.nested_offset),
+        blocksize=state.blocksize,
+        quant_type=state.quant_type,
+        shape=state.shape,
+        dtype=dtype or state.dtype,
+    )
