@@ -11,19 +11,27 @@ import yaml
 from pydantic import Field, SecretStr, model_validator
 
 from fourbit.errors import InputError
-from fourbit.settings import Option, Settings, dump_settings, load_settings, options, redact
+from fourbit.settings import (
+    Option,
+    Resolved,
+    Settings,
+    dump_settings,
+    load_settings,
+    options,
+    redact,
+)
 
 
 class Lora(Settings):
-    r: int = Field(16, ge=1, le=256, description="rank of the adapters")
-    lora_alpha: int = Field(32, gt=0)
-    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    r: int = Field(default=16, ge=1, le=256, description="rank of the adapters")
+    lora_alpha: int = Field(default=32, gt=0)
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
     target_modules: str | list[str] = "all-linear"
     use_rslora: bool = False
 
 
 class Optim(Settings):
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     paged: bool | Literal["auto"] = "auto"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -60,7 +68,7 @@ class Train(Settings):
         return self
 
 
-def load(tmp_path, text, *overrides, model=Train, **short_forms):
+def load(tmp_path, text, *overrides, model: type[Any] = Train, **short_forms):
     path = tmp_path / "cfg.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_settings(model, path=path, overrides=overrides, short_forms=short_forms)
@@ -259,6 +267,7 @@ def test_command_line_texts(tmp_path, text, key, expected):
 
 def test_command_line_wins_inside_sections_and_over_nothing(tmp_path):
     resolved = load(tmp_path, "model: m\nextra: null\n", ("extra.names", "a"))
+    assert resolved.value.extra is not None
     assert resolved.value.extra.names == ["a"]
     assert load(tmp_path, "model: m\nextra: {names: [a]}\n", ("extra", "none")).value.extra is None
     resolved = load(tmp_path, "model: m\n", ("lora", "{r: 3}"))
@@ -391,8 +400,7 @@ def test_a_dump_loads_back_equal(tmp_path):
     rng = random.Random(0)
     for _ in range(150):
         value = _random_settings(rng)
-        plain = load_settings(Train, path=None, overrides=[("model", "m")])
-        dumped = dump_settings(type(plain)(value, plain.origins))
+        dumped = dump_settings(Resolved(value=value, origins={}))
         assert load(tmp_path, dumped.encode()).value == value
 
 
@@ -468,6 +476,6 @@ def test_a_secret_is_not_shown_by_an_error(tmp_path):
 
 def test_settings_are_frozen_and_finite():
     with pytest.raises(ValueError, match="frozen"):
-        Lora().r = 3
+        Lora().r = 3  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(ValueError, match="finite"):
         Optim(lr=math.inf)

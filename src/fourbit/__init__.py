@@ -1,0 +1,70 @@
+"""fourbit: fine-tunes language models in 4 bits on the hardware people have.
+
+Importing this does nothing but define names; each is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fourbit.api import plan as plan
+    from fourbit.api import verify as verify
+    from fourbit.data.config import DataConfig as DataConfig
+    from fourbit.errors import FourbitError as FourbitError
+    from fourbit.integrations.trainer import ReceiptCallback as ReceiptCallback
+    from fourbit.integrations.transformers import FourbitConfig as FourbitConfig
+    from fourbit.integrations.transformers import quantize_model as quantize_model
+    from fourbit.linear import Linear4bit as Linear4bit
+    from fourbit.loading import load as load
+    from fourbit.lora import LoraSettings as LoraSettings
+    from fourbit.optim import OptimConfig as OptimConfig
+    from fourbit.quantize import QuantConfig as QuantConfig
+    from fourbit.quantize import QuantState as QuantState
+    from fourbit.quantize import dequantize_4bit as dequantize_4bit
+    from fourbit.quantize import quantize_4bit as quantize_4bit
+    from fourbit.receipt import Receipt as Receipt
+    from fourbit.receipt import watch as watch
+    from fourbit.training.config import TrainConfig as TrainConfig
+    from fourbit.training.run import TrainResult as TrainResult
+    from fourbit.training.run import train as train
+
+_HOMES = {
+    "DataConfig": "fourbit.data.config",
+    "FourbitConfig": "fourbit.integrations.transformers",
+    "FourbitError": "fourbit.errors",
+    "Linear4bit": "fourbit.linear",
+    "LoraSettings": "fourbit.lora",
+    "OptimConfig": "fourbit.optim",
+    "QuantConfig": "fourbit.quantize",
+    "QuantState": "fourbit.quantize",
+    "Receipt": "fourbit.receipt",
+    "ReceiptCallback": "fourbit.integrations.trainer",
+    "TrainConfig": "fourbit.training.config",
+    "TrainResult": "fourbit.training.run",
+    "dequantize_4bit": "fourbit.quantize",
+    "load": "fourbit.loading",
+    "plan": "fourbit.api",
+    "quantize_4bit": "fourbit.quantize",
+    "quantize_model": "fourbit.integrations.transformers",
+    "train": "fourbit.training.run",
+    "verify": "fourbit.api",
+    "watch": "fourbit.receipt",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fourbit' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

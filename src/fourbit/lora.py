@@ -27,22 +27,32 @@ _MATCH_SECONDS = 5.0
 class LoraSettings(Settings):
     """The adapter. Names and meanings are PEFT's."""
 
-    r: int = Field(16, ge=1, description="rank of the adapters")
-    lora_alpha: float = Field(32, gt=0, description="the update is scaled by lora_alpha / r")
-    lora_dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")
+    r: int = Field(default=16, ge=1, description="rank of the adapters")
+    lora_alpha: float = Field(
+        default=32, gt=0, description="the update is scaled by lora_alpha / r"
+    )
+    lora_dropout: float = Field(
+        default=0.05, ge=0, lt=1, description="dropout on the adapter's input"
+    )
     target_modules: str | list[str] = Field(
-        "all-linear", description="all-linear, a list of module-name endings, or one regex"
+        default="all-linear", description="all-linear, a list of module-name endings, or one regex"
     )
-    exclude_modules: list[str] | None = Field(None, description="module-name endings to leave out")
+    exclude_modules: list[str] | None = Field(
+        default=None, description="module-name endings to leave out"
+    )
     modules_to_save: list[str] | None = Field(
-        None, description="modules trained whole and saved with the adapter, e.g. [lm_head]"
+        default=None, description="modules trained whole and saved with the adapter, e.g. [lm_head]"
     )
-    rank_pattern: dict[str, int] = Field({}, description="r by module-name pattern")
-    alpha_pattern: dict[str, float] = Field({}, description="lora_alpha by module-name pattern")
-    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
-    use_dora: bool = Field(False, description="weight-decomposed adapters (slower, unfused)")
+    rank_pattern: dict[str, int] = Field(default={}, description="r by module-name pattern")
+    alpha_pattern: dict[str, float] = Field(
+        default={}, description="lora_alpha by module-name pattern"
+    )
+    use_rslora: bool = Field(default=False, description="scale by lora_alpha / sqrt(r)")
+    use_dora: bool = Field(
+        default=False, description="weight-decomposed adapters (slower, unfused)"
+    )
     init_lora_weights: bool | Literal["gaussian"] = Field(
-        True, description="true: A random, B zero; gaussian: A normal, B zero"
+        default=True, description="true: A random, B zero; gaussian: A normal, B zero"
     )
 
 

@@ -25,11 +25,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class QuantConfig(Settings):
     """How frozen weights are stored. The defaults are the paper's."""
 
-    quant_type: codebook.QuantType = Field("nf4", description="4-bit data type")
-    blocksize: int = Field(64, description="weights that share one scale (absmax)")
-    double_quant: bool = Field(True, description="quantize the scales again, to 8 bits")
+    quant_type: codebook.QuantType = Field(default="nf4", description="4-bit data type")
+    blocksize: int = Field(default=64, description="weights that share one scale (absmax)")
+    double_quant: bool = Field(default=True, description="quantize the scales again, to 8 bits")
     compute_dtype: ComputeDtype = Field(
-        "auto", description="arithmetic of the matrix product; auto follows `precision`"
+        default="auto", description="arithmetic of the matrix product; auto follows `precision`"
     )
 
     @field_validator("blocksize")

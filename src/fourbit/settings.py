@@ -247,7 +247,7 @@ def _yaml(value: Any, key: str) -> str:
     if isinstance(value, (bool, int, float)):
         return plain_text(value)
     if isinstance(value, Mapping):
-        pairs = (f"{_text(str(k))}: {_yaml(v, f'{key}.{k}')}" for k, v in value.items())
+        pairs = (f"{_key(str(k))}: {_yaml(v, f'{key}.{k}')}" for k, v in value.items())
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, (set, frozenset)):
         return "[" + ", ".join(sorted(_yaml(entry, key) for entry in value)) + "]"
@@ -264,6 +264,12 @@ def _text(text: str) -> str:
     if _PLAIN_TEXT.fullmatch(text) and not ambiguous:
         return text
     return '"' + _printable(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+
+
+def _key(key: str) -> str:
+    # YAML ends a key that is not announced after 1024 characters.
+    text = _text(key)
+    return text if len(text) < 1000 else f"? {text} "
 
 
 def _printable(text: str) -> str:

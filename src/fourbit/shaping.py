@@ -189,7 +189,7 @@ def _decimal(digits: str) -> int | None:
 def unknown_key(where: str, key: str, known: Sequence[str]) -> InputError:
     """The error for a key that the schema does not have."""
     what = redact(f"unknown key '{key}'")
-    return InputError("unknown-key", where=where, what=what, fix=nearest(key, known))
+    return InputError("unknown-key", where=redact(where), what=what, fix=nearest(key, known))
 
 
 def model_or_none(value: Any) -> BaseModel | None:

@@ -247,7 +247,7 @@ class YamlReader:
             what = ", ".join(part for part in (error.context, error.problem) if part) or what
         elif isinstance(error, yaml.reader.ReaderError):
             line = self._text.count("\n", 0, error.position) + 1
-            what = f"the character U+{ord(error.character):04X} is not allowed"  # pyright: ignore[reportArgumentType]
+            what = f"the character U+{_code_point(error.character):04X} is not allowed"
             fix = "remove it, or escape it inside double quotes"
         if re.match(r"[ ]*\t", self._text.split("\n")[line - 1] if self._text else ""):
             what, fix = "the line is indented with a tab", "indent with spaces"
@@ -261,6 +261,11 @@ def _placed(node: Node, where: str, origin: str) -> Node:
     if isinstance(node, Items):
         return Items(node.items, where, origin)
     return Entries(node.entries, where, origin)
+
+
+def _code_point(character: object) -> int:
+    # PyYAML's stubs say str; its reader of decoded text passes the number.
+    return character if isinstance(character, int) else ord(str(character)[:1] or "\0")
 
 
 def dotted(path: KeyPath) -> str:

@@ -24,6 +24,7 @@ SHAPES = {
     "order": r"\d{5}",
     "phone": r"555-0\d{3}",
 }
+PARSED = {pattern: list(Formatter().parse(pattern)) for pattern in TRAIN_PATTERNS + NEW_PATTERNS}
 OPEN_SLOTS = ("name", "item", "qty", "city")
 
 
@@ -41,15 +42,17 @@ def all_rows(data: OrderData) -> list[dict[str, str]]:
 
 
 def slots(pattern: str) -> list[str]:
-    return [field for _, field, _, _ in Formatter().parse(pattern) if field]
+    return [field for _, field, _, _ in PARSED[pattern] if field]
 
 
 def slot_values(row: dict[str, str], pattern: str) -> dict[str, str] | None:
     """What fills each slot, distractors too, or None if the pattern does not explain the row."""
+    if not all(literal in row["prompt"] for literal, _, _, _ in PARSED[pattern]):
+        return None
     answer = json.loads(row["completion"])
     known = {slot: str(answer[key]) for key, slot in zip(KEYS, ORDERED_SLOTS, strict=True)}
     parts = []
-    for literal, slot, _, _ in Formatter().parse(pattern):
+    for literal, slot, _, _ in PARSED[pattern]:
         parts.append(re.escape(literal))
         if slot in known:
             parts.append(f"(?P<{slot}>{re.escape(known[slot])})")

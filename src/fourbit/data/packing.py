@@ -84,7 +84,7 @@ def pack(lengths: ArrayLike, order: ArrayLike, *, max_length: int) -> list[Pack]
     """Fills sequences of at most ``max_length`` tokens with whole samples.
 
     Within windows of the shuffled order, samples go longest first into the fullest sequence that
-    still has room; sequences then stand where their earliest sample stood, so the shuffle survives.
+    still has room; sequences then stand where their longest sample stood, so the shuffle survives.
 
     Args:
         lengths: tokens of each sample, indexed by the entries of ``order``.
@@ -121,9 +121,9 @@ def _best_fit(sizes: NDArray[np.int64], capacity: int) -> list[list[int]]:
         bins[number].append(place)
         if left > size:
             bisect.insort(room, (left - size, number))
-    for members in bins:
-        members.sort()
-    return sorted(bins)
+    # Sorted by its earliest member, a pack of many would come before a pack of few.
+    bins.sort(key=lambda members: members[0])
+    return [sorted(members) for members in bins]
 
 
 class BatchPlan:
@@ -164,12 +164,19 @@ class BatchPlan:
         return len(self.epoch(epoch))
 
     def efficiency(self, epoch: int) -> float:
-        """Share of the positions of all padded micro-batches that hold a token."""
+        """Share of positions that hold a token.
+
+        With packing a sequence has ``max_length`` positions; without, those of the longest sample
+        in its micro-batch.
+
+        Args:
+            epoch: from 0.
+        """
         tokens = positions = 0
         for micro_batch in self.epoch(epoch):
             sizes = [int(self._lengths[members].sum()) for members in micro_batch]
             tokens += sum(sizes)
-            positions += max(sizes) * len(sizes)
+            positions += len(sizes) * (self._max_length if self._packing else max(sizes))
         return tokens / positions if positions else 1.0
 
     def _plan(self, epoch: int) -> list[list[Pack]]:
@@ -183,7 +190,7 @@ class BatchPlan:
             window.sort(key=lambda index: int(self._lengths[index]))
             grouped = _chunks(window, self._batch_size)
             # Sorted windows would start each time with the shortest.
-            grouped.sort(key=lambda batch: min(place[index] for index in batch))
+            grouped.sort(key=lambda batch: place[batch[0]])
             batches += [[[index] for index in batch] for batch in grouped]
         return batches
 
@@ -227,8 +234,10 @@ def collate(
     """
     import torch
 
-    lengths = dataset.lengths
-    longest = max(int(lengths[list(members)].sum()) for members in micro_batch)
+    starts = dataset.offsets
+    longest = max(
+        sum(int(starts[index + 1] - starts[index]) for index in members) for members in micro_batch
+    )
     width = -(-longest // pad_to_multiple) * pad_to_multiple
     shape = (len(micro_batch), width)
     ids = np.full(shape, pad_id, dtype=np.int64)

@@ -1,0 +1,30 @@
+"""Data: files and hubs to examples, chats to tokens with labels, samples to packed batches."""
+
+from fourbit.data.audit import Audit as Audit
+from fourbit.data.audit import find_repeats as find_repeats
+from fourbit.data.audit import fingerprint as fingerprint
+from fourbit.data.config import DataConfig as DataConfig
+from fourbit.data.config import TrainFile as TrainFile
+from fourbit.data.dataset import Dataset as Dataset
+from fourbit.data.dataset import Sample as Sample
+from fourbit.data.dataset import TokenStats as TokenStats
+from fourbit.data.files import Limits as Limits
+from fourbit.data.formats import Example as Example
+from fourbit.data.formats import Prompt as Prompt
+from fourbit.data.formats import prompt_of as prompt_of
+from fourbit.data.packing import Batch as Batch
+from fourbit.data.packing import BatchPlan as BatchPlan
+from fourbit.data.packing import collate as collate
+from fourbit.data.packing import epoch_order as epoch_order
+from fourbit.data.packing import pack as pack
+from fourbit.data.prepare import PreparedData as PreparedData
+from fourbit.data.prepare import prepare as prepare
+from fourbit.data.prepare import split as split
+from fourbit.data.rows import Origin as Origin
+from fourbit.data.source import Rows as Rows
+from fourbit.data.source import read_rows as read_rows
+from fourbit.data.templates import ChatTemplate as ChatTemplate
+from fourbit.data.templates import render as render
+from fourbit.data.templates import resolve_template as resolve_template
+from fourbit.data.tokens import show_mask as show_mask
+from fourbit.data.tokens import tokenize as tokenize

@@ -1,0 +1,80 @@
+"""Scores of generated answers against references."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fourbit.data import Example, prompt_of
+from fourbit.generate import Generator, Sampling
+
+
+@dataclass(frozen=True)
+class ExactMatch:
+    """Share of answers equal to their reference.
+
+    Attributes:
+        score: between 0 and 1.
+        stderr: standard error of the share.
+        n: answers scored.
+        predictions: in the order of the rows.
+        correct: which of them match.
+    """
+
+    score: float
+    stderr: float
+    n: int
+    predictions: tuple[str, ...]
+    correct: tuple[bool, ...]
+
+
+def matches(prediction: str, reference: str) -> bool:
+    """Whether an answer equals its reference.
+
+    A reference that is a JSON object or array is compared as JSON (order of keys and white space
+    do not count, everything else does); any other text is compared exactly, outer white space
+    apart.
+    """
+    wanted = _json(reference)
+    if isinstance(wanted, (dict, list)):
+        found = _json(prediction)
+        # Python holds True == 1 and 1 == 1.0; JSON does not.
+        return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+    return prediction.strip() == reference.strip()
+
+
+def _json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str]) -> ExactMatch:
+    """Scores answers; both sequences have the same length."""
+    correct = tuple(matches(p, r) for p, r in zip(predictions, references, strict=True))
+    n = len(correct)
+    score = sum(correct) / n if n else math.nan
+    stderr = math.sqrt(score * (1 - score) / (n - 1)) if n > 1 else math.nan
+    return ExactMatch(score, stderr, n, tuple(predictions), correct)
+
+
+def score_examples(
+    generator: Generator,
+    examples: Sequence[Example],
+    sampling: Sampling,
+    *,
+    progress: Callable[[int, str], None] | None = None,
+) -> ExactMatch:
+    """Generates an answer to each example's prompt and compares it with its last turn."""
+    prompts, references = [], []
+    for example in examples:
+        prompt = prompt_of(example)
+        if prompt is None:
+            continue  # raw text asks nothing
+        prompts.append(generator.prompt_ids(prompt.messages))
+        references.append(prompt.reference)
+    answers = generator.answers(prompts, sampling, progress=progress)
+    return exact_match([answer.text for answer in answers], references)

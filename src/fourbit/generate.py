@@ -1,0 +1,165 @@
+"""Text from a model: batched by length, greedy or sampled, for scripts, chats and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from fourbit.data import ChatTemplate, render
+from fourbit.errors import InputError
+
+_BATCH_TOKENS = 16384
+"""Positions (prompt and new) of one batch: bounds the KV cache."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy.
+
+    Attributes:
+        max_new_tokens: upper bound per answer.
+        temperature: 0 takes the likeliest token.
+        top_p: smallest set of tokens with this probability; 1 keeps all.
+        seed: of the sampling.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated text and the number of its tokens."""
+
+    text: str
+    tokens: int
+
+
+class Generator:
+    """Generates with a loaded model.
+
+    Args:
+        model: a causal LM, adapters included.
+        tokenizer: its tokenizer.
+        template: the chat template to render messages with; None for plain text only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate | None,
+    ) -> None:
+        self.model, self.tokenizer, self.template = model, tokenizer, template
+        self._stop = self._stop_ids()
+
+    def _stop_ids(self) -> list[int]:
+        """Every id that ends an answer: the model's, the tokenizer's, the template's."""
+        configured = getattr(self.model, "generation_config", None)
+        ids: set[int] = set()
+        for found in (getattr(configured, "eos_token_id", None), self.tokenizer.eos_token_id):
+            ids |= set(found) if isinstance(found, (list, tuple)) else {found}
+        if self.template is not None:
+            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+            text = render(turns, self.tokenizer, self.template)
+            tail = self.tokenizer(
+                text.rpartition("b")[2].strip(), add_special_tokens=False
+            ).input_ids
+            special = set(self.tokenizer.all_special_ids)
+            ids |= {token for token in tail[:1] if token in special}
+        return sorted(token for token in ids if token is not None)
+
+    def prompt_ids(self, prompt: str | Sequence[dict[str, object]]) -> list[int]:
+        """Token ids of a plain text, or of messages rendered for the assistant to answer."""
+        if isinstance(prompt, str):
+            return self.tokenizer(prompt).input_ids
+        if self.template is None:
+            raise InputError(
+                "no-chat-template",
+                where="tokenizer",
+                what="the model has no chat template, so messages cannot be rendered",
+                fix="give plain text (--raw), or --chat-template chatml",
+            )
+        text = render(prompt, self.tokenizer, self.template, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def answers(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        *,
+        progress: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:
+        """One answer per prompt, in the order given.
+
+        Args:
+            prompts: token ids.
+            sampling: how tokens are chosen.
+            progress: told how many prompts are done.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        results: dict[int, Answer] = {}
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        torch.manual_seed(sampling.seed)
+        for batch in _batches(order, prompts, sampling.max_new_tokens):
+            outputs = self._run([prompts[i] for i in batch], sampling)
+            for index, ids in zip(batch, outputs, strict=True):
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                results[index] = Answer(text, len(ids))
+            if progress is not None:
+                progress(len(results), "")
+        self.model.train(was_training)
+        return [results[index] for index in range(len(prompts))]
+
+    @torch.no_grad()
+    def _run(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+        device = next(self.model.parameters()).device
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id
+        pad = self._stop[0] if pad is None and self._stop else pad or 0
+        # Padding goes to the left, so that every prompt ends where generation begins.
+        ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        settings = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampling.temperature > 0,
+            eos_token_id=self._stop or None,
+            pad_token_id=pad,
+        )
+        if sampling.temperature > 0:
+            settings.temperature, settings.top_p = sampling.temperature, sampling.top_p
+        output = self.model.generate(  # type: ignore[operator]  # a transformers model
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=settings,
+        )
+        return [self._until_stop(row[width:].tolist()) for row in output]
+
+    def _until_stop(self, ids: list[int]) -> list[int]:
+        for place, token in enumerate(ids):
+            if token in self._stop:
+                return ids[:place]
+        return ids
+
+
+def _batches(
+    order: Sequence[int], prompts: Sequence[list[int]], new_tokens: int
+) -> list[list[int]]:
+    batches: list[list[int]] = []
+    for index in order:
+        width = len(prompts[index]) + new_tokens
+        if batches and (len(batches[-1]) + 1) * width <= _BATCH_TOKENS:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches

@@ -1,0 +1,243 @@
+"""What a run will need, before it runs: bytes by part, from shapes alone.
+
+Weights, adapters, gradients and optimizer state are exact: they are counted on a model built
+without data. Activations are measured on the same model: one forward pass on fake tensors, which
+have shapes and no values, counts what autograd would keep. The rest of the peak (workspace of the
+backward pass, allocator) is estimated and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from fourbit import device as devices
+from fourbit.integrations.peft import lora_config
+from fourbit.integrations.transformers import quantize_model
+from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.lora import LoraSettings
+from fourbit.quantize import QuantConfig
+
+Method = Literal["qlora", "lora", "full", "prompt_tuning", "p_tuning"]
+
+_LOGIT_CHUNK_BYTES = 64 << 20
+_RESERVE = 0.9
+"""Share of the free memory a plan may use; the rest is for what no plan sees."""
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """What decides a run's memory."""
+
+    method: Method
+    quant: QuantConfig
+    lora: LoraSettings
+    dtype: torch.dtype
+    batch_size: int
+    length: int
+    checkpointing: Literal["auto", "none", "all"] = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part, and their peak during training.
+
+    Attributes:
+        parts: bytes; exact for weights, adapters, gradients and optimizer.
+        peak_bytes: highest sum during a step.
+        available_bytes: memory of the device that is free now.
+        checkpointing: whether activations are recomputed.
+        trainable: trainable parameters.
+        parameters: all parameters, unpacked.
+    """
+
+    parts: dict[str, int]
+    peak_bytes: int
+    available_bytes: int | None
+    checkpointing: bool
+    trainable: int
+    parameters: int
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak stays below the free memory; None when that is not known."""
+        if not self.available_bytes:
+            return None
+        return self.peak_bytes <= self.available_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json`` and the report."""
+        return {**asdict(self), "fits": self.fits}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.parts.items())
+        fits = {True: "fits", False: "does NOT fit", None: "free memory unknown"}[self.fits]
+        free = f" of {_megabytes(self.available_bytes)} free" if self.available_bytes else ""
+        recompute = ", activations recomputed" if self.checkpointing else ""
+        return [
+            f"plan: {parts}",
+            f"plan: peak {_megabytes(self.peak_bytes)}{free}: {fits}{recompute}",
+        ]
+
+
+def _megabytes(size: int | None) -> str:
+    return f"{(size or 0) / 1e6:,.0f} MB"
+
+
+def plan_training(config: PretrainedConfig, shape: TrainingShape, *, device: torch.device) -> Plan:
+    """Plans a run; no weight is read.
+
+    ``gradient_checkpointing: auto`` becomes ``all`` when the run would not fit without it.
+
+    Args:
+        config: the model's architecture.
+        shape: the run.
+        device: where it will run.
+    """
+    available = _available(device)
+    recompute = shape.checkpointing == "all"
+    plan = _plan(config, shape, device, available, recompute=recompute)
+    if shape.checkpointing == "auto" and plan.fits is False:
+        plan = _plan(config, shape, device, available, recompute=True)
+    return plan
+
+
+def _plan(
+    config: PretrainedConfig,
+    shape: TrainingShape,
+    device: torch.device,
+    available: int | None,
+    *,
+    recompute: bool,
+) -> Plan:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _skeleton(config, shape)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        adapters = sum(_bytes(p) for p in trainable)
+        activations = _activations(model, shape, recompute=recompute)
+        count, total = parameter_counts(model)
+        parts = {
+            "weights": sum(_bytes(p) for p in model.parameters()) - adapters,
+            "adapters": adapters,
+            "gradients": adapters,
+            "optimizer": 2 * adapters,
+            "activations": activations,
+            "logits": _logits(config, shape),
+            "workspace": _workspace(model, shape),
+            "baseline": _baseline(device),
+        }
+    if shape.method == "full":
+        parts["weights"], parts["adapters"] = parts["weights"] + adapters, 0
+    return Plan(
+        parts=parts,
+        peak_bytes=sum(parts.values()),
+        available_bytes=available,
+        checkpointing=recompute,
+        trainable=count,
+        parameters=total,
+    )
+
+
+def _skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
+    """The model as it will be trained, on fake tensors."""
+    full = shape.method == "full"
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32 if full else shape.dtype
+    )
+    if full:
+        return model.train()
+    model.requires_grad_(False)
+    if shape.method == "qlora":
+        quantize_model(model, shape.quant)
+    wrapped = get_peft_model(model, lora_config(shape.lora))
+    assert isinstance(wrapped, nn.Module)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped.train()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _activations(model: nn.Module, shape: TrainingShape, *, recompute: bool) -> int:
+    """Bytes autograd keeps between forward and backward, up to the head's input."""
+    from fourbit.training.objective import base_model
+
+    inner = base_model(model)
+    if recompute:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    ids = torch.zeros((shape.batch_size, shape.length), dtype=torch.long)
+    autocast = shape.dtype != torch.float32 and shape.method != "qlora"
+    with _counting(own) as kept, torch.autocast("cpu", shape.dtype, enabled=autocast):
+        inner.base_model(input_ids=ids, use_cache=False)
+    saved = sum(kept.values())
+    if recompute:
+        # While one block is recomputed, everything it keeps is alive as well.
+        layers = getattr(inner.config.get_text_config(), "num_hidden_layers", 1)
+        inner.gradient_checkpointing_disable()
+        with _counting(own) as whole, torch.autocast("cpu", shape.dtype, enabled=autocast):
+            inner.base_model(input_ids=ids, use_cache=False)
+        saved += sum(whole.values()) // max(layers, 1)
+    return saved
+
+
+@contextmanager
+def _counting(own: set[int]) -> Iterator[dict[int, int]]:
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in kept:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)  # keeps the address from being used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _logits(config: PretrainedConfig, shape: TrainingShape) -> int:
+    """The chunk of logits, and the gradient of the head's input at every supervised position."""
+    text = config.get_text_config()
+    rows = shape.batch_size * shape.length
+    chunk = min(_LOGIT_CHUNK_BYTES, rows * text.vocab_size * 4)
+    element = torch.finfo(shape.dtype).bits // 8
+    return 2 * chunk + 2 * rows * text.hidden_size * element
+
+
+def _workspace(model: nn.Module, shape: TrainingShape) -> int:
+    """The largest weight dequantized, and the gradients passing through the widest layer."""
+    element = torch.finfo(shape.dtype).bits // 8
+    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Linear4bit))]
+    largest = max((m.in_features * m.out_features for m in linears), default=0)
+    # The head is multiplied in chunks and not dequantized; the widest block layer decides.
+    widths = sorted((m.in_features + m.out_features for m in linears), reverse=True)
+    inner = [w for w in widths if w < 8 * widths[-1]] or widths
+    weight = largest * element if shape.method == "qlora" else 0
+    return weight + 4 * shape.batch_size * shape.length * max(inner, default=0) * element
+
+
+def _baseline(device: torch.device) -> int:
+    """What the process holds before a model: libraries, interpreter."""
+    return (devices.resident_memory() or 0) if device.type == "cpu" else 0
+
+
+def _available(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _RESERVE)
+    _, available = devices.host_memory()
+    return int(available * _RESERVE) + _baseline(device) if available else None

@@ -1,0 +1,445 @@
+"""The training receipt: proof that exactly the adapters were trained, and that they were.
+
+`watch` gathers the evidence around any training loop, ours included; `fourbit verify` reads a
+run's files again (`fourbit.training.verification`) and does not trust this verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fourbit.errors import VerificationFailed
+from fourbit.integrations.peft import lora_layers, saved_modules
+from fourbit.linear import parameter_counts
+
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the receipt."""
+
+    name: str
+    ok: bool
+    detail: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``receipt.json`` and ``--json``."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail}
+
+
+@dataclass
+class Receipt:
+    """Checks that must hold, findings that are worth knowing, and the figures behind them."""
+
+    checks: list[Check] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are checks and every one of them holds."""
+        return bool(self.checks) and all(check.ok for check in self.checks)
+
+    def add(self, name: str, ok: bool, detail: str) -> None:
+        """Records one check."""
+        self.checks.append(Check(name, bool(ok), detail))
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``receipt.json``."""
+        return {
+            "ok": self.ok,
+            "checks": [check.as_dict() for check in self.checks],
+            "findings": self.findings,
+            **self.facts,
+        }
+
+    def require(self, *, where: str) -> None:
+        """Raises when a check does not hold.
+
+        Raises:
+            VerificationFailed: naming the failed checks.
+        """
+        failed = [check for check in self.checks if not check.ok]
+        if failed or not self.checks:
+            raise VerificationFailed(
+                "receipt",
+                where=where,
+                what="; ".join(f"{c.name}: {c.detail}" for c in failed) or "nothing was checked",
+                fix="see `fourbit doctor` and the receipt; do not use this adapter",
+            )
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, shape and dtype."""
+    data = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(memoryview(data.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def frozen_digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every parameter that is not trained and of every buffer, by name.
+
+    Names are those of the plain model, without PEFT's wrapping, so that a base loaded again
+    without adapters gives the same table.
+    """
+    tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    persistent = model.state_dict(keep_vars=True).keys()
+    tensors |= {name: b for name, b in model.named_buffers() if name in persistent}
+    return {plain_name(name): tensor_digest(tensor) for name, tensor in tensors.items()}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the model before PEFT wrapped it."""
+    name = name.removeprefix("base_model.model.")
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def combined_digest(digests: Mapping[str, str]) -> str:
+    """One SHA-256 over a table of digests."""
+    return hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
+
+
+def adapter_count(model: nn.Module) -> int:
+    """Trainable parameters by formula: r * (in + out) for each adapter, plus what is saved whole.
+
+    Computed from ranks and layer shapes, not from the tensors, so that a stray trainable tensor
+    cannot hide in it.
+    """
+    count = 0
+    for layer in lora_layers(model).values():
+        for name in layer.lora_A:
+            count += layer.r[name] * (layer.in_features + layer.out_features)
+            if name in layer.lora_magnitude_vector:
+                count += layer.out_features
+            if layer.lora_bias.get(name):
+                count += layer.out_features
+    for wrapper in saved_modules(model).values():
+        for name in wrapper.active_adapters:
+            count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())
+    return count
+
+
+class Watch:
+    """Evidence gathered while an optimizer trains a model; `finish` turns it into a receipt.
+
+    Args:
+        model: as it will be trained, adapters injected.
+        optimizer: holds the trainable parameters; its steps are observed through torch's hooks.
+        where: how errors call the run.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, where: str = "training"
+    ) -> None:
+        self.model, self.optimizer, self.where = model, optimizer, where
+        self.base_before = frozen_digests(model)
+        self.initial = {name: tensor_digest(p) for name, p in self._trainable()}
+        self.first_gradient: dict[str, int] = {}
+        self.steps = 0
+        self.moving_steps = 0
+        self.losses: list[float] = []
+        self.supervised: int | None = None
+        self._called: set[str] = set()
+        self._handles: list[Any] = []
+
+    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, parameter
+
+    def start(self) -> None:
+        """Registers the hooks."""
+        self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
+        self._handles.append(
+            self.model.register_forward_hook(self._after_forward, with_kwargs=True)
+        )
+        for name, layer in lora_layers(self.model).items():
+            hook = self._called_hook(name)
+            self._handles.append(layer.register_forward_pre_hook(hook))
+
+    def _called_hook(self, name: str) -> Any:
+        def note(_module: nn.Module, _inputs: Any) -> None:
+            self._called.add(name)
+
+        return note
+
+    def stop(self) -> None:
+        """Removes the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def state(self) -> dict[str, Any]:
+        """The evidence so far, JSON-ready, for a checkpoint."""
+        return {
+            "initial": self.initial,
+            "first_gradient": self.first_gradient,
+            "steps": self.steps,
+            "moving_steps": self.moving_steps,
+            "losses": self.losses[:1] + self.losses[1:][-1:],
+            "supervised": self.supervised,
+            "base_before": combined_digest(self.base_before),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over the evidence of the part of the run before an interruption.
+
+        Raises:
+            VerificationFailed: the base is not the one the run began with.
+        """
+        if state["base_before"] != combined_digest(self.base_before):
+            raise VerificationFailed(
+                "base-changed",
+                where=self.where,
+                what="the base's bytes are not those the run began with",
+                fix="resume with the same base model, quantization and precision",
+            )
+        self.initial = dict(state["initial"])
+        self.first_gradient = dict(state["first_gradient"])
+        self.steps, self.moving_steps = state["steps"], state["moving_steps"]
+        self.losses = list(state["losses"])
+        self.supervised = state["supervised"]
+
+    def observe(self, *, loss: float, supervised: int) -> None:
+        """Notes the loss and the supervised tokens of one step."""
+        # First and last are what the receipt compares; a long run keeps no list.
+        self.losses = [*self.losses[:1], loss]
+        self.supervised = (self.supervised or 0) + supervised
+
+    def _after_forward(
+        self, _module: nn.Module, _args: Any, kwargs: Mapping[str, Any], output: Any
+    ) -> None:
+        labels, loss = kwargs.get("labels"), getattr(output, "loss", None)
+        if isinstance(labels, Tensor) and isinstance(loss, Tensor) and self.model.training:
+            self.observe(loss=float(loss.detach()), supervised=int((labels != -100).sum()))
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.steps += 1
+        pending = False
+        for name, parameter in self._trainable():
+            if name in self.first_gradient:
+                continue
+            if parameter.grad is not None and bool(parameter.grad.any()):
+                self.first_gradient[name] = self.steps
+            else:
+                pending = True
+        if pending:
+            self._require_gradients()
+        if any(group["lr"] > 0 for group in optimizer.param_groups):
+            self.moving_steps += 1
+
+    def without_gradient(self) -> list[str]:
+        """Trainable parameters that should have had a gradient by now and had none.
+
+        B (and whatever is trained whole) by step 2; A, whose gradient is zero while B is, by the
+        second step after the first update with a learning rate above zero. Layers of a
+        mixture-of-experts model that no token was routed to are excepted.
+        """
+        if self.steps < 2:
+            return []
+        spared = self._unrouted()
+        missing = []
+        for name, _ in self._trainable():
+            if name in self.first_gradient or any(layer in name for layer in spared):
+                continue
+            if ".lora_A." in name and self.moving_steps < 2:
+                continue
+            missing.append(name)
+        return missing
+
+    def _unrouted(self) -> set[str]:
+        config = getattr(self.model, "config", None)
+        if not any(getattr(config, key, None) for key in _EXPERT_COUNTS):
+            return set()
+        return {name + "." for name in lora_layers(self.model) if name not in self._called}
+
+    def _require_gradients(self) -> None:
+        missing = self.without_gradient()
+        if missing:
+            raise VerificationFailed(
+                "no-gradient",
+                where=f"{self.where}, step {self.steps}",
+                what=f"{len(missing)} trainable tensors have no gradient,"
+                f" first: {plain_name(missing[0])}",
+                fix="check that the layer takes part in the forward pass and is not detached",
+            )
+
+    def finish(self, *, adapter_dir: Path | None = None, save_dtype: torch.dtype) -> Receipt:
+        """All checks, the base hashed again.
+
+        Args:
+            adapter_dir: where the adapter was saved; it is read back and compared.
+            save_dtype: dtype of the saved tensors.
+        """
+        self.stop()
+        receipt = Receipt()
+        self._check_base(receipt)
+        self._check_optimizer(receipt)
+        self._check_count(receipt)
+        self._check_movement(receipt)
+        self._check_labels(receipt)
+        if adapter_dir is not None:
+            self._check_saved(receipt, adapter_dir, save_dtype)
+        self._findings(receipt)
+        return receipt
+
+    def _check_base(self, receipt: Receipt) -> None:
+        after = frozen_digests(self.model)
+        changed = [n for n, digest in self.base_before.items() if after.get(n) != digest]
+        # A tensor that was frozen at the start and is trainable now has left the table too.
+        detail = f"{len(after)} frozen tensors, SHA-256 equal before and after"
+        if changed:
+            detail = f"{len(changed)} frozen tensors changed, first: {changed[0]}"
+        receipt.add("base_unchanged", not changed, detail)
+        receipt.facts["base_sha256"] = combined_digest(after)
+        receipt.facts["base_tensors"] = len(after)
+
+    def _check_optimizer(self, receipt: Receipt) -> None:
+        held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+        trainable = {id(p) for _, p in self._trainable()}
+        missing, stray = trainable - set(held), set(held) - trainable
+        ok = not missing and not stray and len(held) == len(set(held)) and bool(held)
+        detail = f"the optimizer holds exactly the {len(trainable)} trainable tensors"
+        if not ok:
+            detail = (
+                f"the optimizer holds {len(held)} tensors, {len(trainable)} are trainable"
+                f" ({len(missing)} missing, {len(stray)} foreign)"
+            )
+        receipt.add("optimizer_owns_adapters", ok, detail)
+
+    def _check_count(self, receipt: Receipt) -> None:
+        actual, total = parameter_counts(self.model)
+        receipt.facts.update(trainable_parameters=actual, parameters=total)
+        if not lora_layers(self.model):
+            receipt.add("trainable_count", actual > 0, f"{actual:,} of {total:,}, no adapters")
+            return
+        expected = adapter_count(self.model)
+        detail = f"{actual:,} of {total:,}, as r and the layer shapes give"
+        if actual != expected:
+            detail = f"{actual:,} trainable, but r and the layer shapes give {expected:,}"
+        receipt.add("trainable_count", actual == expected, detail)
+
+    def _check_movement(self, receipt: Receipt) -> None:
+        now = {name: tensor_digest(p) for name, p in self._trainable()}
+        still = [n for n in now if self.initial.get(n) == now[n]]
+        spared = self._unrouted()
+        stuck = [
+            n for n in still if ".lora_A." not in n and not any(layer in n for layer in spared)
+        ]
+        moved = len(now) - len(still)
+        detail = f"{moved} of {len(now)} trainable tensors changed"
+        if stuck:
+            detail = f"{len(stuck)} did not move, first: {plain_name(stuck[0])}"
+        receipt.add("adapters_moved", bool(now) and not stuck, detail)
+        missing = self.without_gradient()
+        detail = f"gradients reached {len(self.first_gradient)} of {len(now)} tensors"
+        if missing:
+            detail += f"; none at {plain_name(missing[0])}"
+        receipt.add("gradients_reached", bool(now) and self.steps > 0 and not missing, detail)
+        unrouted = len(spared)
+        if unrouted:
+            receipt.findings.append(f"{unrouted} expert layers were never routed to")
+        receipt.facts["steps"] = self.steps
+
+    def _check_labels(self, receipt: Receipt) -> None:
+        if self.supervised is None:
+            receipt.findings.append("labels were not passed to the model: masks not checked")
+            return
+        receipt.add(
+            "labels_supervised",
+            self.supervised > 0,
+            f"{self.supervised:,} supervised tokens" if self.supervised else "all labels masked",
+        )
+
+    def _check_saved(self, receipt: Receipt, folder: Path, save_dtype: torch.dtype) -> None:
+        problems, facts = compare_saved(self.model, folder, save_dtype=save_dtype)
+        receipt.facts.update(facts)
+        detail = f"read back and equal: {facts.get('adapter_bytes', 0):,} bytes"
+        receipt.add("adapter_saved", not problems, problems[0] if problems else detail)
+
+    def _findings(self, receipt: Receipt) -> None:
+        if not self.losses:
+            return
+        first, last = self.losses[0], self.losses[-1]
+        receipt.facts.update(train_loss_first=first, train_loss_last=last)
+        fell = last < first
+        receipt.facts["loss_fell"] = fell
+        verb = "fell" if fell else "did not fall"
+        receipt.findings.append(f"the training loss {verb}: {first:.4f} to {last:.4f}")
+
+
+def compare_saved(
+    model: nn.Module, folder: Path, *, save_dtype: torch.dtype
+) -> tuple[list[str], dict[str, Any]]:
+    """Reads a saved adapter back and compares it with the model's, value by value.
+
+    Returns:
+        Problems (empty when equal) and facts: bytes and SHA-256 of the file.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    path = folder / "adapter_model.safetensors"
+    if not isinstance(model, PeftModel):
+        path = folder / "model.safetensors"
+    if not path.is_file():
+        return [f"{path.name} is missing"], {}
+    saved = load_file(path)
+    state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else {}
+    if not isinstance(model, PeftModel):
+        state = {n: p for n, p in model.named_parameters() if n in saved}
+    facts = {
+        "adapter_bytes": path.stat().st_size,
+        "adapter_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "adapter_tensors": len(saved),
+    }
+    if state.keys() != saved.keys():
+        return [f"{len(saved)} tensors in the file, {len(state)} in the model"], facts
+    for name, tensor in state.items():
+        wanted = tensor.detach().cpu()
+        wanted = wanted.to(save_dtype) if wanted.is_floating_point() else wanted
+        if not torch.equal(wanted, saved[name]):
+            return [f"{name} differs from the file"], facts
+    return [], facts
+
+
+@contextmanager
+def watch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, adapter_dir: Path | str | None = None
+) -> Iterator[Receipt]:
+    """The receipt's checks around anyone's own training loop.
+
+    >>> with fourbit.watch(model, optimizer) as receipt:
+    ...     train()
+    >>> receipt.ok
+
+    Args:
+        model: adapters injected, before the first step.
+        optimizer: the one that will train it.
+        adapter_dir: where the loop saves its fp32 adapter; it is read back and compared.
+
+    Raises:
+        VerificationFailed: a check does not hold at the end, or gradients do not flow by the
+            second step.
+    """
+    observer = Watch(model, optimizer)
+    receipt = Receipt()
+    observer.start()
+    try:
+        yield receipt
+    finally:
+        observer.stop()
+    folder = None if adapter_dir is None else Path(adapter_dir)
+    result = observer.finish(adapter_dir=folder, save_dtype=torch.float32)
+    receipt.checks, receipt.findings, receipt.facts = result.checks, result.findings, result.facts
+    receipt.require(where="fourbit.watch")

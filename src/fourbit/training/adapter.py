@@ -1,0 +1,173 @@
+"""Adapters on a model and on disk: injection, the saved folder, the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fourbit import files
+from fourbit.errors import InputError, ModelError, VerificationFailed
+from fourbit.integrations.peft import linear_shapes, lora_config, lora_layers
+from fourbit.lora import LoraSettings, expected_trainable, resolve_targets
+
+ADAPTER_FILE = "adapter_model.safetensors"
+SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def head_name(model: PreTrainedModel) -> str | None:
+    """The output projection's module name."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def planned_targets(model: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, int]]:
+    """Which layers will carry an adapter, with their shapes; see `resolve_targets`."""
+    if settings.modules_to_save:
+        names = [name for name, _ in model.named_modules()]
+        for wanted in settings.modules_to_save:
+            if not any(n == wanted or n.endswith("." + wanted) for n in names):
+                raise InputError(
+                    "no-such-module",
+                    where="lora.modules_to_save",
+                    what=f"'{wanted}' is no module of this model",
+                    fix="known: " + ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names})[:20]),
+                )
+    return resolve_targets(linear_shapes(model), settings, head=head_name(model))
+
+
+def inject(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base: str) -> PeftModel:
+    """Puts fresh adapters on every target; initial values are a function of ``seed``.
+
+    Args:
+        model: quantized or plain.
+        settings: the adapter.
+        seed: of the initial values.
+        base: what the saved adapter names as its base model.
+
+    Raises:
+        InputError: targets that match nothing, or ranks above a layer's dimensions.
+        VerificationFailed: PEFT did not put an adapter on every intended layer.
+    """
+    targets = planned_targets(model, settings)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's advice on settings we choose ourselves
+        wrapped = get_peft_model(model, lora_config(settings))
+    assert isinstance(wrapped, PeftModel)
+    for parameter in wrapped.parameters():
+        # modules_to_save are copied in the base's dtype; what is trained is trained in fp32
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    wrapped.peft_config["default"].base_model_name_or_path = base
+    missing = sorted(targets.keys() - lora_layers(wrapped).keys())
+    if missing:
+        raise VerificationFailed(
+            "adapter-missing",
+            where="lora.target_modules",
+            what=f"{len(missing)} of {len(targets)} targets took no adapter, first: {missing[0]}",
+        )
+    return wrapped
+
+
+def trainable_by_formula(model: PreTrainedModel, settings: LoraSettings) -> int:
+    """Adapter parameters from r and the target shapes, before anything is injected."""
+    return expected_trainable(planned_targets(model, settings), settings)
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors a checkpoint must hold, under PEFT's file names where PEFT is used."""
+    if isinstance(model, PeftModel):
+        return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts a checkpoint's tensors back, all or none.
+
+    Raises:
+        ModelError: names or shapes differ from the model's.
+    """
+    own = trainable_state(model)
+    wrong = sorted(own.keys() ^ state.keys())
+    wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    if wrong:
+        raise ModelError(
+            "adapter-mismatch",
+            where=ADAPTER_FILE,
+            what=f"{len(wrong)} tensors do not fit the model, first: {wrong[0]}",
+            fix="resume with the configuration the run began with",
+        )
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(state))
+        return
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def save_adapter(model: nn.Module, folder: Path, *, save_dtype: torch.dtype, card: str) -> None:
+    """Writes the PEFT folder (or, for full fine-tuning, the model folder) and swaps it in.
+
+    Raises:
+        EnvironmentFault: the disk is full or cannot be written; the old folder stays.
+    """
+    staging = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        staging.mkdir(parents=True)
+        if isinstance(model, PeftModel):
+            _write_peft(model, staging, save_dtype)
+        else:
+            _write_model(model, staging, save_dtype)
+        files.replace_file(staging / "README.md", card.encode())
+        _swap(staging, folder)
+    except OSError as error:
+        raise files.disk_fault(error, where=folder) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_peft(model: PeftModel, folder: Path, save_dtype: torch.dtype) -> None:
+    state = {
+        n: t.detach().to("cpu", save_dtype).contiguous() for n, t in trainable_state(model).items()
+    }
+    save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    config = model.peft_config["default"].to_dict()
+    config["inference_mode"] = True
+    config = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    files.replace_file(folder / "adapter_config.json", text.encode())
+
+
+def _write_model(model: nn.Module, folder: Path, save_dtype: torch.dtype) -> None:
+    assert isinstance(model, PreTrainedModel)
+    state = {
+        name: t.detach().to("cpu", save_dtype) if t.is_floating_point() else t.detach().cpu()
+        for name, t in model.state_dict().items()
+    }
+    previous = model.config.dtype
+    model.config.dtype = save_dtype
+    model.save_pretrained(folder, state_dict=state)
+    model.config.dtype = previous
+
+
+def _swap(staging: Path, folder: Path) -> None:
+    for path in staging.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = folder.parent / f".{folder.name}.old-{uuid.uuid4().hex[:8]}"
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(staging, folder)
+    files.sync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,123 @@
+"""`TrainConfig`: a run, composed of the settings of its parts."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from fourbit.data.config import DataConfig
+from fourbit.device import Precision
+from fourbit.lora import LoraSettings
+from fourbit.optim import OptimConfig
+from fourbit.quantize import QuantConfig
+from fourbit.settings import Settings
+
+SHORT_FORMS = {
+    "data": "data.train",
+    "lr": "optim.lr",
+    "o": "output",
+    "r": "lora.r",
+    "max_length": "data.max_length",
+    "quant_type": "quant.quant_type",
+}
+"""Command-line short forms: ``--data F`` means ``--data.train F``."""
+
+Method = Literal["qlora", "lora", "full", "prompt_tuning", "p_tuning"]
+
+
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
+class TrainConfig(Settings):
+    """One fine-tuning run. The YAML keys are these fields."""
+
+    model: str = Field(
+        default="smollm2",
+        min_length=1,
+        description="alias, folder, GGUF file or hub id of the base",
+    )
+    output: str = Field(default="runs/run", min_length=1, description="run directory")
+    method: Method = Field(
+        default="qlora", description="qlora: 4-bit base; lora: 16/32-bit base; full"
+    )
+    data: DataConfig = DataConfig()
+    quant: QuantConfig = QuantConfig()
+    lora: LoraSettings = LoraSettings()
+    optim: OptimConfig = OptimConfig()
+    batch_size: int = Field(default=4, ge=1, le=65536, description="sequences in a micro-batch")
+    grad_accum: int = Field(default=4, ge=1, le=65536, description="micro-batches in a step")
+    epochs: float = Field(default=1, gt=0, le=10000, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps")
+    gradient_checkpointing: Literal["auto", "none", "all"] = Field(
+        default="auto", description="recompute activations in backward; auto: when memory needs it"
+    )
+    precision: Precision = Field(default="auto", description="bf16, fp16 (with a scaler) or fp32")
+    save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="dtype of the saved adapter; bf16 halves the file"
+    )
+    attn_implementation: str | None = Field(
+        default=None, description="transformers' name: sdpa, eager"
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    trust_remote_code: bool = Field(
+        default=False, description="run the model repository's own code"
+    )
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto", description="one process; more are not built yet"
+    )
+    eval_every: int = Field(default=50, ge=0, description="steps between evaluations; 0: ends only")
+    save_every: int = Field(
+        default=50, ge=0, description="steps between checkpoints; 0: the last only"
+    )
+    save_total_limit: int | None = Field(
+        default=2, ge=1, description="checkpoints kept; null keeps all"
+    )
+    keep_best: bool = Field(
+        default=False, description="save the adapter with the best evaluation loss"
+    )
+    early_stopping: int | None = Field(
+        default=None, ge=1, description="stop after so many evaluations without a better loss"
+    )
+    samples: int = Field(
+        default=4, ge=0, le=64, description="evaluation rows generated before and after"
+    )
+    report_to: Literal["none", "tensorboard", "wandb"] = Field(
+        default="none", description="tracker"
+    )
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="of data order, initial values and dropout"
+    )
+    resume: Annotated[str, BeforeValidator(str), BeforeValidator(_lower)] = Field(
+        default="never", description="never, auto (newest checkpoint that verifies) or a step"
+    )
+
+    @field_validator("method")
+    @classmethod
+    def _built_methods(cls, value: str) -> str:
+        if value in ("prompt_tuning", "p_tuning"):
+            raise ValueError(f"method {value} is not built yet; use qlora, lora or full")
+        return value
+
+    @field_validator("parallel")
+    @classmethod
+    def _single_process(cls, value: str) -> str:
+        if value != "auto":
+            raise ValueError(f"parallel: {value} is not built yet; use auto (one process)")
+        return value
+
+    @field_validator("resume")
+    @classmethod
+    def _resume_form(cls, value: str) -> str:
+        if value not in ("never", "auto") and not re.fullmatch(r"\d+", value):
+            raise ValueError(f"resume '{value}' is not never, auto or a step number")
+        return value
+
+    @model_validator(mode="after")
+    def _needs_evaluation(self) -> TrainConfig:
+        for name in ("keep_best", "early_stopping"):
+            if getattr(self, name) and (not self.data.eval or not self.eval_every):
+                raise ValueError(f"{name} needs data.eval and eval_every above 0")
+        return self

@@ -1,0 +1,309 @@
+"""The loop: micro-batches, one update, evidence, checkpoints. Short, so that it can be read.
+
+Everything a step does is a function of (seed, step): the order of samples, their packing, the
+dropout masks. A resumed run therefore needs no random state, only the number of the step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourbit import device as devices
+from fourbit.data import Batch, BatchPlan, Dataset, collate
+from fourbit.errors import NumericStop
+from fourbit.optim import lr_factors
+from fourbit.receipt import Watch
+from fourbit.training.config import TrainConfig
+from fourbit.training.objective import Objective
+
+_MAX_NONFINITE = 3
+_MIN_SCALE = 1.0
+
+
+@dataclass
+class LoopState:
+    """Where a run stands; JSON-ready, part of every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    nonfinite: int = 0
+    nonfinite_total: int = 0
+    best_eval: float | None = None
+    best_step: int | None = None
+    worse_evals: int = 0
+    pending_eval: bool = False
+    eval_loss_before: float | None = None
+    samples_before: list[dict[str, str]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoopState:
+        """From the checkpoint; keys of other versions are left out."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which micro-batches make up each step: ``(epoch, first, last)`` by step number from 1.
+
+    The last step of an epoch may have fewer micro-batches; nothing is dropped.
+    """
+
+    batches: BatchPlan
+    grad_accum: int
+    epochs: float
+    max_steps: int | None
+    _counts: dict[int, int] = field(default_factory=dict)
+
+    def _steps_of(self, epoch: int) -> int:
+        # An epoch's packing is only made again when its batches are needed.
+        if epoch not in self._counts:
+            micro_batches = self.batches.micro_batches_per_epoch(epoch)
+            self._counts[epoch] = math.ceil(micro_batches / self.grad_accum)
+        return self._counts[epoch]
+
+    def total(self) -> int:
+        """Steps of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        whole = math.floor(self.epochs)
+        steps = sum(self._steps_of(epoch) for epoch in range(whole))
+        rest = self.epochs - whole
+        if rest > 0:
+            steps += max(1, round(rest * self._steps_of(whole)))
+        return steps
+
+    def walk(self, done: int, total: int) -> Iterator[tuple[int, int, list[Any]]]:
+        """``(step, epoch, micro-batches)`` for the steps after ``done``."""
+        step = epoch = 0
+        while step < total:
+            count = self._steps_of(epoch)
+            if step + count > done:
+                for index in range(max(0, done - step), min(count, total - step)):
+                    first = index * self.grad_accum
+                    micro = self.batches.epoch(epoch)[first : first + self.grad_accum]
+                    yield step + index + 1, epoch, micro
+            step += count
+            epoch += 1
+
+    def epoch_at(self, step: int, epoch: int) -> float:
+        """Epochs done after ``step``, for people."""
+        before = sum(self._steps_of(e) for e in range(epoch))
+        return epoch + (step - before) / self._steps_of(epoch)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step as it is written to ``metrics.jsonl``; ``updated`` is False for a skipped update."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    seconds: float
+    memory_bytes: int | None
+    updated: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """One line of metrics."""
+        return asdict(self)
+
+
+class TrainLoop:
+    """Runs steps; knows nothing of files.
+
+    Args:
+        config: the run.
+        objective: model and loss.
+        dataset: training samples.
+        batches: which samples go where.
+        optimizer: over the trainable parameters.
+        watch: gathers the receipt's evidence.
+        pad_id: token id that fills sequences; it carries no loss.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        objective: Objective,
+        dataset: Dataset,
+        batches: BatchPlan,
+        optimizer: torch.optim.Optimizer,
+        watch: Watch,
+        pad_id: int,
+    ) -> None:
+        self.config, self.objective, self.dataset = config, objective, dataset
+        self.optimizer, self.watch, self.pad_id = optimizer, watch, pad_id
+        self.plan = StepPlan(batches, config.grad_accum, config.epochs, config.max_steps)
+        self.total_steps = self.plan.total()
+        self.state = LoopState()
+        self.parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        self._lr_factor = lr_factors(config.optim, total_steps=self.total_steps)
+        fp16 = objective.base.dtype == torch.float16 or objective.autocast_dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(objective.device.type, enabled=fp16)
+        self.last_rows: list[str] = []
+
+    def steps(self) -> Iterator[StepResult]:
+        """Trains; yields after every step, at a moment when a checkpoint may be taken."""
+        self.objective.model.train()
+        for step, epoch, micro in self.plan.walk(self.state.step, self.total_steps):
+            yield self._step(step, epoch, micro)
+            # An evaluation between two steps leaves the model in eval mode.
+            self.objective.model.train()
+
+    def _step(self, step: int, epoch: int, micro: list[Any]) -> StepResult:
+        began = time.perf_counter()
+        batches = [collate(self.dataset, m, pad_id=self.pad_id) for m in micro]
+        supervised = sum(batch.num_supervised for batch in batches)
+        tokens = sum(int(self.dataset.lengths[i]) for m in micro for pack in m for i in pack)
+        # The schedule counts from 0; its very first rate of a warm-up would be zero.
+        lr = self.config.optim.lr * self._lr_factor(step if self._warming(step) else step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._backward(step, batches, supervised)
+        grad_norm = self._clip()
+        updated = self._update(step, loss, grad_norm, batches)
+        seconds = time.perf_counter() - began
+        self.state.step = step
+        self.state.tokens += tokens
+        self.state.supervised_tokens += supervised
+        self.state.seconds += seconds
+        return StepResult(
+            step=step,
+            epoch=round(self.plan.epoch_at(step, epoch), 4),
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            supervised_tokens=supervised,
+            tokens_per_second=round(tokens / seconds, 2),
+            seconds=round(seconds, 4),
+            memory_bytes=devices.peak_memory(self.objective.device),
+            updated=updated,
+        )
+
+    def _warming(self, step: int) -> bool:
+        return step <= round(self.config.optim.warmup_ratio * self.total_steps)
+
+    def _backward(self, step: int, batches: list[Batch], supervised: int) -> float:
+        """Gradients of the mean loss over the step's supervised tokens; returns that mean.
+
+        Divided by the tokens of the whole step, not of each micro-batch, so that accumulation
+        equals one big batch.
+        """
+        total = 0.0
+        for index, batch in enumerate(batches):
+            torch.manual_seed(_mix(self.config.seed, step, index))
+            loss_sum = self.objective.loss_sum(batch)
+            self.scaler.scale(loss_sum / max(supervised, 1)).backward()
+            total += float(loss_sum.detach())
+        return total / max(supervised, 1)
+
+    def _clip(self) -> float:
+        self.scaler.unscale_(self.optimizer)
+        limit = self.config.optim.max_grad_norm or math.inf
+        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def _update(self, step: int, loss: float, grad_norm: float, batches: list[Batch]) -> bool:
+        self.last_rows = [str(row) for batch in batches for row in batch.rows]
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        # With a scaler an infinite gradient is how it finds its scale, not an accident.
+        scaler_skip = self.scaler.is_enabled() and math.isfinite(loss) and not finite
+        if finite or scaler_skip:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale() / 2)
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.watch.observe(loss=loss, supervised=sum(b.num_supervised for b in batches))
+            self.state.nonfinite = 0
+            return True
+        self._count_nonfinite(step, loss, scaler_skip)
+        return False
+
+    def _count_nonfinite(self, step: int, loss: float, scaler_skip: bool) -> None:
+        self.state.nonfinite_total += 1
+        if scaler_skip:
+            if self.scaler.get_scale() < _MIN_SCALE:
+                raise NumericStop(
+                    "scale-collapsed",
+                    where=f"step {step}",
+                    what="fp16 gradients overflow at every loss scale",
+                    fix="use precision: bf16 or fp32, or a smaller optim.lr",
+                )
+            return
+        self.state.nonfinite += 1
+        if self.state.nonfinite >= _MAX_NONFINITE:
+            kind = "loss" if not math.isfinite(loss) else "gradient"
+            raise NumericStop(
+                "nonfinite",
+                where=f"step {step}",
+                what=f"the {kind} was NaN or Inf in {_MAX_NONFINITE} steps one after another,"
+                f" last with {', '.join(self.last_rows[:4])}",
+                fix="lower optim.lr, use precision: fp32, or look at those rows",
+            )
+
+    @torch.no_grad()
+    def evaluate(
+        self, dataset: Dataset, batches: BatchPlan, *, stop: Callable[[], bool] = lambda: False
+    ) -> float | None:
+        """Mean loss per supervised token; None when ``stop`` asked to break off."""
+        model = self.objective.model
+        model.eval()
+        total, supervised = 0.0, 0
+        for micro in batches.epoch(0):
+            if stop():
+                return None
+            batch = collate(dataset, micro, pad_id=self.pad_id)
+            total += float(self.objective.loss_sum(batch))
+            supervised += batch.num_supervised
+        return total / max(supervised, 1)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Moments by parameter name, for a checkpoint."""
+        names = {id(p): name for name, p in self.objective.model.named_parameters()}
+        return {
+            f"{names[id(parameter)]}.{key}": value.detach().reshape(-1)
+            if value.dim() == 0
+            else value.detach()
+            for parameter, state in self.optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        """Puts back what `optimizer_state` gave."""
+        by_name = dict(self.objective.model.named_parameters())
+        for key, value in tensors.items():
+            name, _, part = key.rpartition(".")
+            parameter = by_name[name]
+            if part == "step":
+                value = value.reshape(())
+            else:
+                value = value.to(parameter.device)
+            self.optimizer.state[parameter][part] = value.clone()
+
+
+def _mix(seed: int, step: int, index: int) -> int:
+    """A seed for one micro-batch: the same on every machine and after every resume."""
+    digest = hashlib.sha256(f"{seed}/{step}/{index}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")

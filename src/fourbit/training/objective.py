@@ -1,0 +1,173 @@
+"""What a model is trained on: the summed loss of a batch, and proofs that it is the right one."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from fourbit.data import Batch
+from fourbit.errors import InputError
+from fourbit.integrations.peft import head_weight
+from fourbit.loss import (
+    LogitTransform,
+    linear_cross_entropy,
+    logits_cross_entropy,
+    shift_labels,
+)
+
+_PROBE_TOKENS = 24
+
+
+@dataclass
+class Objective:
+    """Loss of a batch through the chunked head, or through full logits where that is not exact.
+
+    Args:
+        model: a causal LM, with or without PEFT around it.
+        autocast_dtype: dtype of mixed precision; None when everything already has one dtype.
+    """
+
+    model: nn.Module
+    autocast_dtype: torch.dtype | None = None
+    chunked: bool = True
+
+    def __post_init__(self) -> None:
+        self.base: PreTrainedModel = base_model(self.model)
+        self._positions = "position_ids" in inspect.signature(self.base.forward).parameters
+        self._transform = _logit_transform(self.base.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches must be."""
+        return self.base.device
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether the architecture takes positions, from which the block mask is derived."""
+        return self._positions
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        ids = batch.input_ids.to(self.device)
+        if self._positions:
+            return {"input_ids": ids, "position_ids": batch.position_ids.to(self.device)}
+        # Without positions there is one document a row, then padding: the ordinary mask.
+        positions = batch.position_ids
+        padding = (positions[:, 1:] <= positions[:, :-1]).cumsum(1) > 0
+        mask = torch.ones_like(positions)
+        mask[:, 1:][padding] = 0
+        return {"input_ids": ids, "attention_mask": mask.to(self.device)}
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The mixed-precision context of a forward pass."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """``[B, T, H]``: what the head is given."""
+        backbone = self.base.base_model
+        with self.autocast():
+            return backbone(**self._inputs(batch), use_cache=False)[0]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """``[B, T, V]``, materialised."""
+        with self.autocast():
+            return self.base(**self._inputs(batch), use_cache=False).logits
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of token losses over the supervised positions, float32 scalar."""
+        labels = shift_labels(batch.labels).to(self.device)
+        head = head_weight(self.base.get_output_embeddings()) if self.chunked else None
+        if head is None:
+            return logits_cross_entropy(self.logits(batch), labels)
+        weight, bias = head
+        hidden = self.hidden(batch)
+        if self.autocast_dtype is not None:
+            hidden = hidden.to(self.autocast_dtype)
+        return linear_cross_entropy(hidden, weight, labels, bias=bias, transform=self._transform)
+
+    @torch.no_grad()
+    def choose_head(self, batch: Batch) -> bool:
+        """Keeps the chunked loss only if it equals the loss from the model's own logits.
+
+        An architecture may do to its logits what no config declares; then full logits are used.
+
+        Returns:
+            Whether the chunked loss is used.
+        """
+        probe = _first_tokens(batch, _PROBE_TOKENS)
+        training = self.model.training
+        self.model.eval()
+        exact = logits_cross_entropy(self.logits(probe), shift_labels(probe.labels).to(self.device))
+        ours = self.loss_sum(probe)
+        self.model.train(training)
+        tolerance = 1e-3 if self.base.dtype == torch.float32 else 2e-2
+        self.chunked = bool((ours - exact).abs() <= tolerance * exact.abs().clamp(min=1.0))
+        return self.chunked
+
+    @torch.no_grad()
+    def require_isolation(self, batch: Batch) -> None:
+        """Proves on the loaded model that documents of one pack do not see each other.
+
+        The second document's output may not change by a single bit when the first is replaced.
+
+        Raises:
+            InputError: the architecture lets documents leak into each other.
+        """
+        leak = InputError(
+            "packing-leaks",
+            where="data.packing",
+            what=f"{self.base.config.model_type} does not keep packed documents apart",
+            fix="set data.packing: false",
+        )
+        if not self._positions:
+            raise leak
+        length = max(2, min(8, batch.input_ids.shape[1] // 2))
+        ids = batch.input_ids[:1, :length]
+        other = (ids + 1) % self.base.config.get_text_config().vocab_size
+        positions = torch.arange(length)[None]
+        packs = [torch.cat((first, ids), 1) for first in (ids, other)]
+        training = self.model.training
+        self.model.eval()
+        outputs = [
+            self.hidden(
+                _batch(pack, torch.cat((positions, positions), 1), torch.full_like(pack, -100))
+            )[:, length:]
+            for pack in packs
+        ]
+        self.model.train(training)
+        if not torch.equal(outputs[0], outputs[1]):
+            raise leak
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def _logit_transform(config: PretrainedConfig) -> LogitTransform:
+    text = config.get_text_config()
+    scale = 1.0
+    if getattr(text, "logit_scale", None):  # Cohere multiplies
+        scale = float(text.logit_scale)
+    if getattr(text, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(text.logits_scaling)
+    return LogitTransform(scale, getattr(text, "final_logit_softcapping", None))
+
+
+def _first_tokens(batch: Batch, length: int) -> Batch:
+    """A short batch for probing: the first row's first tokens, all of them supervised."""
+    ids = batch.input_ids[:1, :length]
+    return _batch(ids, torch.arange(ids.shape[1])[None], ids.clone())
+
+
+def _batch(ids: Tensor, positions: Tensor, labels: Tensor) -> Batch:
+    return Batch(ids, positions, labels, num_supervised=0, rows=[])

@@ -1,0 +1,660 @@
+"""A run from configuration to verified adapter: everything around the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from fourbit import __version__, checkpoint, planner, report
+from fourbit import device as devices
+from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
+from fourbit.errors import EnvironmentFault, FourbitError, InputError
+from fourbit.generate import Generator, Sampling
+from fourbit.linear import parameter_counts
+from fourbit.loading import (
+    LoadOptions,
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_source,
+    unquantized_tensors,
+)
+from fourbit.optim import build_optimizer
+from fourbit.receipt import Receipt, Watch
+from fourbit.rundir import RunDir
+from fourbit.settings import Resolved, dump_settings
+from fourbit.training.adapter import (
+    ADAPTER_FILE,
+    SAVE_DTYPES,
+    inject,
+    restore_trainable,
+    save_adapter,
+    trainable_state,
+)
+from fourbit.training.card import model_card
+from fourbit.training.config import TrainConfig
+from fourbit.training.loop import LoopState, StepResult, TrainLoop
+from fourbit.training.objective import Objective
+from fourbit.training.progress import Reporter, human_bytes
+from fourbit.training.signals import SignalGuard
+from fourbit.training.tracking import Tracker, require_tracker
+
+_SAVE_FAILURES = 3
+_SAMPLE_TOKENS = 96
+_WARN_ONLY = {"versions"}
+_FREE_TO_CHANGE = {
+    "output",
+    "eval_every",
+    "save_every",
+    "save_total_limit",
+    "samples",
+    "report_to",
+    "resume",
+    "gradient_checkpointing",
+    "save_dtype",
+    "keep_best",
+    "early_stopping",
+    "model",
+    "revision",
+}
+"""Settings that may differ on resume: they decide no bit of the adapter (the base is hashed)."""
+
+
+@dataclass
+class TrainResult:
+    """What `train` returns, and the keys of ``fourbit train --json``."""
+
+    run_dir: str
+    steps: int
+    tokens_per_second: float | None
+    peak_memory_bytes: int | None
+    predicted_peak_bytes: int | None
+    train_loss_first: float | None
+    train_loss_last: float | None
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    verified: bool
+    trainable_parameters: int | None = None
+    adapter_bytes: int | None = None
+    train_seconds: float | None = None
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    origins: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+) -> TrainResult:
+    """Fine-tunes as configured; every durable thing lands in ``config.output``.
+
+    Args:
+        config: the run.
+        origins: where each setting came from, for ``config.yaml``.
+        overwrite: move an existing run aside instead of refusing.
+        dry_run: stop after the plan and the data audit; nothing is written.
+        reporter: receives progress.
+
+    Raises:
+        FourbitError: any documented failure, with its exit code.
+    """
+    run = _Run(config, dict(origins or {}), reporter or Reporter())
+    with SignalGuard() as guard:
+        run.guard = guard
+        if dry_run:
+            run.prepare()
+            return run.result(None, dry_run=True)
+        resume = config.resume != "never"
+        with RunDir.open(Path(config.output), resume=resume, overwrite=overwrite) as folder:
+            run.open(folder)
+            try:
+                return run.execute()
+            except FourbitError as error:
+                folder.log(error.line())
+                raise
+            except Exception:
+                import traceback
+
+                folder.log(traceback.format_exc())
+                raise
+
+
+class _Run:
+    """The phases of one run, in order; state they share."""
+
+    guard: SignalGuard
+    folder: RunDir
+    source: ModelSource
+    model_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    plan: planner.Plan
+    model: nn.Module
+    objective: Objective
+    loop: TrainLoop
+    watch: Watch
+    tracker: Tracker
+
+    def __init__(self, config: TrainConfig, origins: dict[str, str], reporter: Reporter) -> None:
+        self.config, self.origins, self.say = config, origins, reporter
+        self.save_failures = 0
+        self.peak: int | None = None
+
+    def open(self, folder: RunDir) -> None:
+        """Takes the run directory."""
+        self.folder = folder
+        self.say.log = folder.log
+
+    def execute(self) -> TrainResult:
+        """All phases."""
+        self.prepare()
+        resolved = Resolved(self.config, self.origins)
+        self.folder.write_text(self.folder.config_path, dump_settings(resolved))
+        self.load()
+        resumed = self.resume()
+        if not resumed:
+            self.folder.truncate_metrics(-1)
+            self.before()
+        elif self.finished():
+            self.say.line("this run is already finished; nothing to do")
+            return self.result(self.stored_receipt())
+        self.fit()
+        receipt = self.conclude()
+        result = self.result(receipt)
+        self.tracker.close()
+        receipt.require(where=str(self.folder.path))
+        return result
+
+    # Before a model is loaded: everything a user's mistake can be found in.
+
+    def prepare(self) -> None:
+        """Data, model files, tokens and the plan."""
+        require_tracker(self.config.report_to)
+        if self.config.data.train is None:
+            raise InputError(
+                "no-data",
+                where="data.train",
+                what="no training data given",
+                fix="--data FILE, or data: {train: FILE} in the configuration",
+            )
+        device = devices.default_device()
+        self.dtype = devices.resolve_precision(self.config.precision, device)
+        rows = self._rows()
+        self.source = resolve_source(self.config.model, revision=self.config.revision)
+        trust = self.config.trust_remote_code
+        self.model_config = load_config(self.source, trust_remote_code=trust)
+        self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust)
+        self._tokenize(rows)
+        self._plan(device)
+
+    def _rows(self) -> Rows:
+        rows = read_rows(self.config.data)
+        for text in map(str, rows.formats):
+            self.say.line(f"format: {text}")
+        return rows
+
+    def _tokenize(self, rows: Rows) -> None:
+        text_config = self.model_config.get_text_config()
+        count = len(rows.examples)
+        with self.say.task("tokenizing", total=count) as advance:
+            self.data = prepare(
+                self.config.data,
+                rows,
+                self.tokenizer,
+                seed=self.config.seed,
+                vocab_size=text_config.vocab_size,
+                context_length=getattr(text_config, "max_position_embeddings", None),
+                progress=lambda done, _total: advance(done, ""),
+            )
+        for text in self.data.audit.lines():
+            self.say.line(text)
+
+    def _batches(self, dataset: Any, *, seed: int) -> BatchPlan:
+        data = self.config.data
+        return BatchPlan(
+            dataset,
+            max_length=data.max_length,
+            packing=data.packing,
+            batch_size=self.config.batch_size,
+            seed=seed,
+        )
+
+    def _plan(self, device: torch.device) -> None:
+        data = self.config.data
+        longest = int(self.data.train.lengths.max())
+        self.plan = planner.plan_training(
+            self.model_config,
+            planner.TrainingShape(
+                method=self.config.method,
+                quant=self.config.quant,
+                lora=self.config.lora,
+                dtype=self.dtype,
+                batch_size=self.config.batch_size,
+                length=data.max_length if data.packing else longest,
+                checkpointing=self.config.gradient_checkpointing,
+            ),
+            device=device,
+        )
+        for text in self.plan.lines():
+            self.say.line(text)
+
+    # The model.
+
+    def load(self) -> None:
+        """Weights, adapters, optimizer, and the proofs that need a loaded model."""
+        config = self.config
+        self.say.line(f"loading {self.source.name} ({self.source.kind})")
+        began = time.perf_counter()
+        full = config.method == "full"
+        options = LoadOptions(
+            quant=config.quant if config.method == "qlora" else None,
+            dtype=torch.float32 if full else self.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+        base = load_model(self.source, options)
+        self.say.line(f"loaded in {time.perf_counter() - began:.1f} s")
+        if config.method == "qlora":
+            for tensor in unquantized_tensors(base):
+                self.say.line(
+                    f"not quantized: {tensor.name}, {human_bytes(tensor.bytes)}"
+                    f" ({tensor.share:.0%} of the model)"
+                )
+        if self.plan.checkpointing:
+            base.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        if full:
+            base.requires_grad_(True)
+            self.model = base
+        else:
+            base.requires_grad_(False)
+            self.model = inject(base, config.lora, seed=config.seed, base=self.source.name)
+        trainable, total = parameter_counts(self.model)
+        self.say.line(f"trainable: {trainable:,} of {total:,} parameters")
+        self._assemble()
+
+    def _assemble(self) -> None:
+        config = self.config
+        mixed = config.method != "qlora" or _trains_outside_adapters(self.model)
+        autocast = self.dtype if mixed and self.dtype != torch.float32 else None
+        self.objective = Objective(self.model, autocast)
+        batches = self._batches(self.data.train, seed=config.seed)
+        pad = self.tokenizer.pad_token_id or 0
+        first = collate(self.data.train, batches.epoch(0)[0], pad_id=pad)
+        if not self.objective.choose_head(first):
+            self.say.warn("this architecture's head is not linear: the loss uses full logits")
+        if config.data.packing:
+            self.objective.require_isolation(first)
+            self.say.line("packing: documents proven isolated on this model")
+        optimizer = build_optimizer(
+            (p for p in self.model.parameters() if p.requires_grad), config.optim
+        )
+        self.watch = Watch(self.model, optimizer, where=config.output)
+        self.loop = TrainLoop(
+            config,
+            objective=self.objective,
+            dataset=self.data.train,
+            batches=batches,
+            optimizer=optimizer,
+            watch=self.watch,
+            pad_id=pad,
+        )
+        self.tracker = Tracker(
+            config.report_to,
+            folder=self.folder.path,
+            config=config.model_dump(mode="json"),
+            warn=self.say.warn,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal between a checkpoint and the run that resumes it."""
+        settings = self.config.model_dump(mode="json")
+        settings = {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE}
+        settings.pop("data")  # its fingerprint covers contents and settings
+        return {
+            "settings": settings,
+            "data": self.data.fingerprint,
+            "base": self.watch.state()["base_before"],
+            "precision": str(self.dtype),
+            "versions": {"fourbit": __version__, "torch": torch.__version__},
+        }
+
+    # Resume and checkpoints.
+
+    def resume(self) -> bool:
+        """Continues from a checkpoint; False when there is none to continue from."""
+        if self.config.resume == "never":
+            return False
+        folder = self.folder.checkpoints_dir
+        checkpoint.clean_staging(folder)
+        if self.config.resume == "auto":
+            path, skipped = checkpoint.newest(folder)
+            for reason in skipped:
+                self.say.warn(f"skipped a damaged checkpoint: {reason}")
+        else:
+            path = checkpoint.at_step(folder, step=int(self.config.resume))
+        if path is None:
+            self.say.line("no checkpoint to resume from: starting at step 0")
+            return False
+        saved = checkpoint.load(path)
+        warnings = checkpoint.require_same_identity(
+            saved.identity, self.identity(), warn_only=_WARN_ONLY, where=str(path)
+        )
+        for text in warnings:
+            self.say.warn(text)
+        checkpoint.set_aside_after(folder, step=saved.step)
+        self._restore(saved)
+        dropped = self.folder.truncate_metrics(saved.step)
+        self.say.line(f"resumed at step {saved.step} ({dropped} later lines of metrics dropped)")
+        return True
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        restore_trainable(self.model, saved.tensors[ADAPTER_FILE])
+        self.loop.restore_optimizer(dict(saved.tensors["optimizer.safetensors"]))
+        self.loop.state = LoopState.from_dict(saved.documents["state.json"])
+        self.loop.scaler.load_state_dict(saved.documents["scaler.json"])
+        self.watch.restore(saved.documents["evidence.json"])
+
+    def save(self) -> bool:
+        """A checkpoint of this moment; a full disk does not end the run."""
+        state = self.loop.state
+        try:
+            checkpoint.save(
+                self.folder.checkpoints_dir,
+                step=state.step,
+                tensors={
+                    ADAPTER_FILE: trainable_state(self.model),
+                    "optimizer.safetensors": self.loop.optimizer_state(),
+                },
+                documents={
+                    "state.json": state.as_dict(),
+                    "scaler.json": self.loop.scaler.state_dict(),
+                    "evidence.json": self.watch.state(),
+                },
+                identity=self.identity(),
+            )
+        except EnvironmentFault as error:
+            self.save_failures += 1
+            self.say.warn(f"checkpoint at step {state.step} not saved: {error.what}")
+            if self.save_failures >= _SAVE_FAILURES:
+                raise
+            return False
+        self.save_failures = 0
+        protect = {state.best_step} if self.config.keep_best and state.best_step else set()
+        checkpoint.retain(
+            self.folder.checkpoints_dir, limit=self.config.save_total_limit, protect=protect
+        )
+        return True
+
+    # Training.
+
+    def before(self) -> None:
+        """Evaluation loss and samples of the untouched model."""
+        self.loop.state.eval_loss_before = self._evaluate("evaluating the untouched model")
+        if self.loop.state.eval_loss_before is not None:
+            self._record({"step": 0, "eval_loss": self.loop.state.eval_loss_before})
+        self.loop.state.samples_before = self._samples("before")
+
+    def _evaluate(self, title: str) -> float | None:
+        if self.data.eval is None:
+            return None
+        batches = self._batches(self.data.eval, seed=0)
+        self.say.line(title)
+        loss = self.loop.evaluate(
+            self.data.eval, batches, stop=lambda: self.guard.caught is not None
+        )
+        if loss is not None:
+            self.say.line(f"evaluation loss {loss:.4f} ({self.data.eval.num_supervised:,} tokens)")
+        return loss
+
+    def _samples(self, key: str) -> list[dict[str, str]]:
+        prompts = [p for e in self.data.eval_examples if (p := prompt_of(e)) is not None]
+        prompts = prompts[: self.config.samples]
+        if not prompts:
+            return []
+        generator = Generator(self.model, self.tokenizer, self.data.template)
+        ids = [generator.prompt_ids(p.messages) for p in prompts]
+        with self.objective.autocast():
+            answers = generator.answers(ids, Sampling(max_new_tokens=_SAMPLE_TOKENS))
+        return [
+            {
+                "prompt": str(p.messages[-1]["content"]),
+                "reference": p.reference,
+                key: answer.text,
+            }
+            for p, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def _record(self, values: dict[str, Any]) -> None:
+        self.folder.append_metrics(values)
+        self.tracker.log(values)
+
+    def fit(self) -> None:
+        """The loop, with evaluation, checkpoints and signals between its steps."""
+        loop, total = self.loop, self.loop.total_steps
+        devices.reset_peak_memory(self.objective.device)
+        self.watch.start()
+        title = "training"
+        with (
+            self.guard.deferred(),
+            self.say.task(title, total=total, start=loop.state.step) as advance,
+        ):
+            self._catch_up()
+            for result in loop.steps() if not self._patience_is_over() else ():
+                advance(
+                    result.step,
+                    f"loss {result.loss:.4f}  {result.tokens_per_second:.0f} tok/s",
+                )
+                if self._after_step(result):
+                    self.say.line(f"early stopping at step {result.step}")
+                    break
+        self.peak = devices.peak_memory(self.objective.device)
+        self.watch.stop()
+        self.save()
+
+    def _catch_up(self) -> None:
+        """The evaluation that a signal broke off before the checkpoint we resumed from."""
+        state = self.loop.state
+        if state.pending_eval:
+            state.pending_eval = False
+            loss = self._evaluate(f"evaluating at step {state.step}")
+            if loss is not None:
+                self._judge(loss, state.step)
+
+    def _patience_is_over(self) -> bool:
+        patience = self.config.early_stopping
+        return patience is not None and self.loop.state.worse_evals >= patience
+
+    def _after_step(self, result: StepResult) -> bool:
+        """Metrics, evaluation, checkpoint; True to stop early."""
+        config, step = self.config, result.step
+        values = result.as_dict()
+        if not result.updated:
+            self.say.warn(
+                f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: no update;"
+                f" rows {', '.join(self.loop.last_rows[:8])}"
+            )
+        last = step == self.loop.total_steps
+        stop = improved = False
+        if config.eval_every and step % config.eval_every == 0 and not last:
+            loss = self._evaluate(f"evaluating at step {step}")
+            self.loop.state.pending_eval = loss is None and self.data.eval is not None
+            if loss is not None:
+                values["eval_loss"] = loss
+                improved = self._judge(loss, step)
+                stop = self._patience_is_over()
+        self._record(values)
+        caught = self.guard.caught
+        due = bool(config.save_every) and step % config.save_every == 0
+        if (due or improved or caught is not None) and not last:
+            saved = self.save()
+            if caught is not None:
+                place = checkpoint.step_name(step) if saved else None
+                raise self.guard.ending(caught, saved=place)
+        return stop
+
+    def _judge(self, loss: float, step: int) -> bool:
+        """Whether this evaluation is the best so far and its adapter is to be kept."""
+        state = self.loop.state
+        if state.best_eval is None or loss < state.best_eval:
+            state.best_eval, state.best_step, state.worse_evals = loss, step, 0
+            return self.config.keep_best
+        state.worse_evals += 1
+        return False
+
+    # The end.
+
+    def conclude(self) -> Receipt:
+        """Final evaluation, checkpoint, adapter, receipt and report."""
+        loss = self._evaluate("evaluating the tuned model")
+        state = self.loop.state
+        if loss is not None:
+            improved = self._judge(loss, state.step)
+            self._append_eval(state.step, loss)
+            if self.config.keep_best and not improved and state.best_step:
+                self._take_best(state.best_step)
+                loss = state.best_eval
+        self.eval_after = loss
+        after = self._samples("after")
+        samples = [
+            {**one, **two} for one, two in zip(state.samples_before, after, strict=False)
+        ] or after
+        return self._receipt(samples)
+
+    def _append_eval(self, step: int, loss: float) -> None:
+        metrics = self.folder.read_metrics()
+        if metrics and metrics[-1].get("step") == step:
+            self.folder.truncate_metrics(step - 1)
+            self.folder.append_metrics({**metrics[-1], "eval_loss": loss})
+        self.tracker.log({"step": step, "eval_loss": loss})
+
+    def _take_best(self, step: int) -> None:
+        path = checkpoint.at_step(self.folder.checkpoints_dir, step=step)
+        restore_trainable(self.model, checkpoint.load(path).tensors[ADAPTER_FILE])
+        self.say.line(f"keeping the adapter of step {step}, the best evaluation")
+
+    def _receipt(self, samples: list[dict[str, str]]) -> Receipt:
+        config = self.config
+        metrics = self.folder.read_metrics()
+        facts = {
+            "steps": self.loop.state.step,
+            "eval_loss_before": self.loop.state.eval_loss_before,
+            "eval_loss_after": self.eval_after,
+            "adapter_step": self._adapter_step(),
+        }
+        card = model_card(config, self.source, facts)
+        save_dtype = SAVE_DTYPES[config.save_dtype]
+        save_adapter(self.model, self.folder.adapter_dir, save_dtype=save_dtype, card=card)
+        if config.method == "full":
+            self.tokenizer.save_pretrained(self.folder.adapter_dir)
+        receipt = self.watch.finish(adapter_dir=self.folder.adapter_dir, save_dtype=save_dtype)
+        speed = self._speed()
+        receipt.facts.update(
+            facts,
+            fourbit=__version__,
+            torch=torch.__version__,
+            base=self.source.name,
+            base_revision=self.source.revision,
+            data_fingerprint=self.data.fingerprint,
+            save_dtype=config.save_dtype,
+            peak_memory_bytes=self.peak,
+            predicted_peak_bytes=self.plan.peak_bytes,
+            tokens_per_second=speed,
+            train_seconds=round(self.loop.state.seconds, 3),
+            skipped_updates=self.loop.state.nonfinite_total,
+        )
+        self.folder.write_json("samples.json", samples)
+        self.folder.write_json(self.folder.receipt_path, receipt.as_dict())
+        self._print_receipt(receipt)
+        content = report.ReportContent(
+            title=self.folder.path.name,
+            config=report.flatten(config.model_dump(mode="json")),
+            origins=self.origins,
+            metrics=metrics,
+            plan=self.plan.as_dict(),
+            measured_peak_bytes=self.peak,
+            receipt=receipt.as_dict(),
+            samples=samples,
+            scores=None,
+            audit=self.data.audit.as_dict(),
+            machine=devices.machine().as_dict(),
+        )
+        report.write_report(self.folder.report_path, content)
+        return receipt
+
+    def _adapter_step(self) -> int:
+        state = self.loop.state
+        if self.config.keep_best and state.best_step is not None:
+            return state.best_step
+        return state.step
+
+    def _print_receipt(self, receipt: Receipt) -> None:
+        for check in receipt.checks:
+            self.say.line(f"{'ok  ' if check.ok else 'FAIL'} {check.name}: {check.detail}")
+        for finding in receipt.findings:
+            self.say.line(f"note {finding}")
+        self.say.line(
+            f"peak memory {human_bytes(self.peak)}, planned {human_bytes(self.plan.peak_bytes)};"
+            f" {self._speed() or math.nan:.0f} tokens/s"
+        )
+        self.say.line(f"adapter: {self.folder.adapter_dir}")
+        self.say.line(f"report:  {self.folder.report_path}")
+
+    def _speed(self) -> float | None:
+        state = self.loop.state
+        return round(state.tokens / state.seconds, 2) if state.seconds else None
+
+    def finished(self) -> bool:
+        """Whether the resumed run had already ended and was verified."""
+        done = self.loop.state.step >= self.loop.total_steps
+        return done and self.folder.receipt_path.is_file() and self.folder.adapter_dir.is_dir()
+
+    def stored_receipt(self) -> Receipt:
+        """The receipt of a finished run, as it was written."""
+        from fourbit.verification import read_receipt
+
+        return read_receipt(self.folder.receipt_path)
+
+    def result(self, receipt: Receipt | None, *, dry_run: bool = False) -> TrainResult:
+        """The figures of the run."""
+        facts = receipt.facts if receipt is not None else {}
+        return TrainResult(
+            run_dir=self.config.output,
+            steps=facts.get("steps", 0),
+            tokens_per_second=facts.get("tokens_per_second"),
+            peak_memory_bytes=facts.get("peak_memory_bytes"),
+            predicted_peak_bytes=self.plan.peak_bytes,
+            train_loss_first=facts.get("train_loss_first"),
+            train_loss_last=facts.get("train_loss_last"),
+            eval_loss_before=facts.get("eval_loss_before"),
+            eval_loss_after=facts.get("eval_loss_after"),
+            verified=receipt is not None and receipt.ok,
+            trainable_parameters=facts.get("trainable_parameters"),
+            adapter_bytes=facts.get("adapter_bytes"),
+            train_seconds=facts.get("train_seconds"),
+            dry_run=dry_run,
+        )
+
+
+def _trains_outside_adapters(model: nn.Module) -> bool:
+    """Whether something is trained that our fused operation does not cast by itself."""
+    return any(
+        parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name
+        for name, parameter in model.named_parameters()
+    )
