@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from fourbit.data import ChatTemplate, render
-from fourbit.errors import InputError
+from fourbit.data import ChatTemplate, render, resolve_template
+from fourbit.errors import InputError, ModelError
+from fourbit.loading import LoadOptions, load_model, load_tokenizer, resolve_source
+from fourbit.quantize import QuantConfig
+from fourbit.receipt import combined_digest, frozen_digests
 
 _BATCH_TOKENS = 16384
 """Positions (prompt and new) of one batch: bounds the KV cache."""
@@ -163,3 +169,90 @@ def _batches(
         else:
             batches.append([index])
     return batches
+
+
+def find_adapter(path: Path) -> Path:
+    """The PEFT folder at ``path``: itself, or ``adapter/`` of a run directory.
+
+    Raises:
+        ModelError: there is none.
+    """
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise ModelError(
+                    "adapter-without-weights",
+                    where=str(folder),
+                    what="adapter_model.safetensors is missing",
+                    fix="pickled adapters (.bin) are never loaded; save it as safetensors",
+                )
+            return folder
+    what = "no adapter (adapter_config.json) there" if path.exists() else "no such folder"
+    raise ModelError(
+        "no-adapter", where=str(path), what=what, fix="give a run directory or its adapter/ folder"
+    )
+
+
+def open_generator(
+    model: str,
+    *,
+    adapter: Path | None = None,
+    quant: QuantConfig | None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
+) -> Generator:
+    """Loads a model, and an adapter on it, for generation.
+
+    Args:
+        model: as for `fourbit.load`.
+        adapter: a PEFT folder or a run directory.
+        quant: 4-bit storage of the base; None for plain weights.
+        chat_template: built-in name or file instead of the tokenizer's template.
+        trust_remote_code: run the model repository's own code.
+
+    Raises:
+        ModelError: a model or adapter that cannot be used, or an adapter of another base.
+    """
+    folder = None if adapter is None else find_adapter(adapter)
+    source = resolve_source(model)
+    options = LoadOptions(quant=quant, trust_remote_code=trust_remote_code)
+    loaded: nn.Module = load_model(source, options)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if folder is not None:
+        if quant is not None:
+            _require_same_base(loaded, folder, model)
+        loaded = _with_adapter(loaded, folder)
+    has_template = chat_template is not None or bool(tokenizer.chat_template)
+    template = resolve_template(tokenizer, chat_template=chat_template) if has_template else None
+    return Generator(loaded.eval(), tokenizer, template)
+
+
+def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    try:
+        return PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        message = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ModelError(
+            "adapter-mismatch",
+            where=str(folder),
+            what=f"the adapter does not fit this model: {message.strip()}",
+            fix="give the base model it was trained on",
+        ) from error
+
+
+def _require_same_base(model: nn.Module, folder: Path, name: str) -> None:
+    """A run's receipt knows the bytes of its base; another 4-bit base would be silently worse."""
+    receipt = folder.parent / "receipt.json"
+    if not receipt.is_file():
+        return
+    try:
+        wanted = json.loads(receipt.read_text(encoding="utf-8")).get("base_sha256")
+    except (OSError, ValueError):
+        return  # a damaged receipt is `verify`'s business
+    if wanted is not None and combined_digest(frozen_digests(model)) != wanted:
+        raise ModelError(
+            "other-base",
+            where=str(folder),
+            what=f"the adapter was not trained on these bytes of {name}",
+            fix="give the base and --quant of its config.yaml",
+        )

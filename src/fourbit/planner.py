@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fourbit import device as devices
-from fourbit.integrations.peft import lora_config
-from fourbit.integrations.transformers import quantize_model
+from fourbit.integrations.peft import add_adapter
+from fourbit.integrations.transformers import (
+    disable_checkpointing,
+    quantize_model,
+)
 from fourbit.linear import Linear4bit, parameter_counts
 from fourbit.lora import LoraSettings
 from fourbit.quantize import QuantConfig
@@ -119,8 +121,9 @@ def _plan(
     *,
     recompute: bool,
 ) -> Plan:
+    model = _skeleton(config, shape)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = _skeleton(config, shape)
+        _pretend(model)
         trainable = [p for p in model.parameters() if p.requires_grad]
         adapters = sum(_bytes(p) for p in trainable)
         activations = _activations(model, shape, recompute=recompute)
@@ -148,22 +151,40 @@ def _plan(
 
 
 def _skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
-    """The model as it will be trained, on fake tensors."""
+    """The model as it will be trained, on the meta device: shapes without memory."""
     full = shape.method == "full"
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32 if full else shape.dtype
-    )
-    if full:
-        return model.train()
-    model.requires_grad_(False)
-    if shape.method == "qlora":
-        quantize_model(model, shape.quant)
-    wrapped = get_peft_model(model, lora_config(shape.lora))
-    assert isinstance(wrapped, nn.Module)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return wrapped.train()
+    with torch.device("meta"):
+        base: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32 if full else shape.dtype
+        )
+    model: nn.Module = base
+    if not full:
+        base.requires_grad_(False)
+        if shape.method == "qlora":
+            quantize_model(base, shape.quant)
+        model = add_adapter(base, shape.lora, low_cpu_mem_usage=True)
+    return model.train()
+
+
+def _pretend(model: nn.Module) -> None:
+    """Gives every tensor a fake one that claims to be on the CPU; what was tied stays tied.
+
+    Trained parameters become float32, as they are trained.
+    """
+    fakes: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in fakes:
+                trained = parameter.requires_grad
+                dtype = torch.float32 if trained else parameter.dtype
+                empty = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+                fakes[id(parameter)] = nn.Parameter(empty, requires_grad=trained)
+            module._parameters[name] = fakes[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -186,7 +207,7 @@ def _activations(model: nn.Module, shape: TrainingShape, *, recompute: bool) -> 
     if recompute:
         # While one block is recomputed, everything it keeps is alive as well.
         layers = getattr(inner.config.get_text_config(), "num_hidden_layers", 1)
-        inner.gradient_checkpointing_disable()
+        disable_checkpointing(inner)
         with _counting(own) as whole, torch.autocast("cpu", shape.dtype, enabled=autocast):
             inner.base_model(input_ids=ids, use_cache=False)
         saved += sum(whole.values()) // max(layers, 1)

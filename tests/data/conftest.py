@@ -8,10 +8,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from fourbit.data.templates import BUILT_IN
 
 
 def byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
@@ -34,7 +31,7 @@ def byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def chatml():
     """Every byte is a token, so character positions can be checked by eye."""
-    return byte_tokenizer(CHATML)
+    return byte_tokenizer(BUILT_IN["chatml"])
 
 
 @pytest.fixture

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import CHATML
 
 from fourbit.data import DataConfig, read_rows, resolve_template, show_mask, tokenize
+from fourbit.data.templates import BUILT_IN
 from fourbit.errors import InputError
+
+CHATML = BUILT_IN["chatml"]
 
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}"
@@ -136,7 +138,9 @@ def test_calls_are_text_where_the_template_knows_none(tmp_path, with_template):
     ]
     path.write_text(json.dumps({"messages": turns, "tools": [call]}) + "\n", encoding="utf-8")
     rows = read_rows(DataConfig(train=str(path))).train
-    shows = "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}<|im_end|>"
+    shows = (
+        "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}<|im_end|>"
+    )
     plain = with_template(CHATML)
     structured = with_template(
         CHATML.replace("<|im_end|>", shows) + "{% if tools %}TOOLS{% endif %}"

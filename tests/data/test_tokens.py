@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import CHATML
 
 from fourbit.data import DataConfig, Example, Origin, tokenize
+from fourbit.data.templates import BUILT_IN
+from fourbit.data.tokens import cut_text
 from fourbit.errors import InputError
 
 
@@ -59,7 +60,7 @@ def test_masked_rows_are_dropped_by_cause(chatml, with_template):
     assert f"data.max_length: {needed} keeps every chat whole" in caught.value.fix
     assert "1 of 100 samples" in caught.value.what
 
-    marks_nothing = with_template(CHATML + "{% generation %}{% endgeneration %}")
+    marks_nothing = with_template(BUILT_IN["chatml"] + "{% generation %}{% endgeneration %}")
     with pytest.raises(InputError) as caught:
         tokenize([chat("q", "a")], marks_nothing, DataConfig())
     assert caught.value.code == "all-masked"
@@ -119,3 +120,29 @@ def test_chats_and_texts_may_be_mixed(chatml):
     dataset = tokenize([text("ab"), chat("q", "a"), text("cde")], chatml, DataConfig())
     assert dataset.lengths.tolist()[::2] == [2, 3]
     assert [sample.origin.file for sample in dataset] == ["a.txt", "a.jsonl", "a.txt"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 40])
+@pytest.mark.parametrize("content", ["", "abc", "one two  three\n\nfour ", "x" * 100, "   "])
+def test_pieces_of_a_text_are_the_text(content, limit):
+    pieces = cut_text(content, limit)
+    assert "".join(pieces) == content
+    assert max(map(len, pieces)) <= limit
+    assert all(pieces) or content == ""
+
+
+def test_a_text_of_megabytes_goes_in_pieces(chatml):
+    from tokenizers.processors import TemplateProcessing
+
+    content = "some words " * 100_000
+    core = chatml.backend_tokenizer
+    end = chatml.eos_token_id
+    core.post_processor = TemplateProcessing(
+        single="<|im_end|> $A <|im_end|>", special_tokens=[("<|im_end|>", end)]
+    )
+    try:
+        dataset = tokenize([text(content)], chatml, DataConfig(max_length=2**21))
+    finally:
+        core.post_processor = None
+    bare = chatml(content, add_special_tokens=False).input_ids
+    assert dataset[0].input_ids.tolist() == [end, *bare, end]

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 """Called with the examples done and their number."""
 
-_BATCH = 256
+_BATCH_ROWS = 256
+_BATCH_CHARACTERS = 2**20
 _SHOWN_TOKENS = 160
 _Tokens = tuple[NDArray[np.int32], NDArray[np.bool_]]
 
@@ -60,17 +61,47 @@ def tokenize(
     check_context(config, context_length)
     makers = _Makers(tokenizer, config, any(e.messages is not None for e in examples))
     builder = _Builder(tokenizer, config)
-    for start in range(0, len(examples), _BATCH):
-        batch = examples[start : start + _BATCH]
+    done = 0
+    for batch in _batches(examples):
         for example, samples in makers.make(batch):
             builder.add(example, samples)
+        done += len(batch)
         if progress is not None:
-            progress(min(start + _BATCH, len(examples)), len(examples))
+            progress(done, len(examples))
     builder.stats.apart = makers.apart
     builder.stats.tools_hidden = makers.tools_hidden
     dataset = builder.finish()
     _check_vocabulary(dataset, tokenizer, vocab_size)
     return dataset
+
+
+def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Bounded in characters too: a token and its offsets take far more memory than its text."""
+    batch: list[Example] = []
+    size = 0
+    for example in examples:
+        length = len(example.text or "") + sum(len(t["content"]) for t in example.messages or ())
+        if batch and (len(batch) == _BATCH_ROWS or size + length > _BATCH_CHARACTERS):
+            yield batch
+            batch, size = [], 0
+        batch.append(example)
+        size += length
+    if batch:
+        yield batch
+
+
+def cut_text(text: str, limit: int) -> list[str]:
+    """Cuts a text into pieces of at most ``limit`` characters, before white space if there is some.
+
+    Most tokenizers attach the space before a word to the word, so this hardly changes the tokens.
+    """
+    pieces, start = [], 0
+    while len(text) - start > limit:
+        space = max(text.rfind(mark, start + 1, start + limit) for mark in " \n")
+        end = space if space > start else start + limit
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]]
 
 
 def check_context(config: DataConfig, context_length: int | None) -> None:
@@ -110,15 +141,32 @@ class _Makers:
                 )
 
     def make(self, batch: Sequence[Example]) -> Iterator[tuple[Example, list[_Tokens]]]:
-        texts = [e.text for e in batch if e.text is not None]
-        found = iter(self._tokenizer(texts, verbose=False).input_ids if texts else ())
         chats = self._chats([e for e in batch if e.messages is not None])
         for example in batch:
             if example.text is None:
                 yield example, next(chats)
             else:
-                ids = np.asarray(next(found), dtype=np.int32)
+                ids = self._text_ids(example.text)
                 yield example, [(ids, np.ones(len(ids), dtype=np.bool_))]
+
+    def _text_ids(self, text: str) -> NDArray[np.int32]:
+        pieces = cut_text(text, _BATCH_CHARACTERS)
+        if len(pieces) == 1:
+            return np.asarray(self._tokenizer(text, verbose=False).input_ids, dtype=np.int32)
+        # Each piece goes without special tokens; a short text shows which belong at the ends.
+        probe, bare = (
+            self._tokenizer("a", add_special_tokens=special).input_ids for special in (True, False)
+        )
+        before = next(i for i in range(len(probe)) if probe[i : i + len(bare)] == bare)
+        parts = [probe[:before], probe[before + len(bare) :]]
+        parts[1:1] = [
+            np.asarray(
+                self._tokenizer(piece, add_special_tokens=False, verbose=False).input_ids,
+                dtype=np.int32,
+            )
+            for piece in pieces
+        ]
+        return np.concatenate(parts, dtype=np.int32, casting="unsafe")
 
     def _chats(self, examples: list[Example]) -> Iterator[list[_Tokens]]:
         template = self._template

@@ -7,6 +7,11 @@ Rows of `OrderData.new_patterns` also use sentence patterns that training never 
 
 Half of the names, items and cities are invented from syllables. The shapes vary on purpose: a
 model that sees a dozen place names memorises them instead of learning where a place stands.
+
+Listed words and the beginnings of invented ones were chosen with the tokenizer of the demo's
+model: nearly all are cut alike after a space and after the quote of a JSON string. The others,
+" Bristol" (one token) and "Br|istol" (two), ask the model to know how a token is spelt; that was
+most of what it got wrong, and it is not the skill that this demo teaches.
 """
 
 from __future__ import annotations
@@ -111,65 +116,93 @@ NEW_PATTERNS = (
 
 FIRST_NAMES = _words(
     """
-    Anna Ben Carla David Elena Farid Grace Hugo Irene Jamal Kira Liam Mona Nils Olga Pavel Rosa
-    Sami Tara Umar Vera Xena Yusuf Zoe Aisha Bruno Chloe Diego Emma Felix Gita Hana Ivan Julia
-    Kofi Lena Mateo Nadia Omar Priya Quentin Ravi Sofie Tomas Ursula Victor Wanda Yara Amir Bella
-    Cyrus Dora Erik Fatima Goran Helga Imani Jonas Karin Lucas Meera Noah Oscar Petra Ruth Stefan
-    Thea Viktor Willem Yuki Zara Leo Ada Igor
+    Anna Ben Carla David Farid Jamal Kira Nils Olga Pavel Umar Xena Yusuf Zoe Aisha Chloe Gita
+    Hana Kofi Lena Quentin Tomas Victor Wanda Yara Amir Dora Fatima Helga Imani Jonas Meera
+    Petra Thea Yuki Zara Igor Alina Anika Arjun Astrid Aziz Benito Bianca Camila Damian Dario
+    Daphne Elif Emil Enzo Fiona Gerda Gideon Gina Hamid Hanna Hector Hilda Ida Imran Ines Ingrid
+    Isla Ismail Jana Jasper Javier Kenji Laila Leila Livia Lotte Lucia Lydia Magnus Malik Marta
+    Matilda Mika Nikhil Odette Olaf Paolo Pilar Rania Renata Rika Salma Samira Sanjay Selma
+    Shira Silas Simone Suresh Tariq Teo Tilda Tove Uma Wilma Xavier Yasmin Yolanda Zahra Zofia
     """
 )
 LAST_NAMES = _words(
     """
-    Okafor Novak Larsen Schmidt Moreau Tanaka Silva Kowalski Haddad Jensen Costa Murphy Singh Ortiz
-    Bauer Fischer Rossi Nguyen Petrov Kim Walsh Dubois Berg Mehta Santos Keller Lindholm Abbas
-    Weber Horvat Marino Castillo Osei Yamada Kaya Nowak Virtanen Olsen Greco Duarte Hoang Patel
-    Sato Fraser Bakker Mbeki
+    Okafor Moreau Kowalski Haddad Ortiz Bauer Rossi Petrov Kim Mehta Horvat Marino Castillo Osei
+    Kaya Nowak Olsen Hoang Sato Mbeki Acosta Akhtar Albrecht Almeida Andrade Aoki Aydin Bajwa
+    Balogun Banerjee Barros Bianchi Brandt Cardoso Chaudhry Conti Delgado Demir Dvorak Eriksen
+    Esposito Farouk Gallo Garza Hashimoto Herrera Hidalgo Ibarra Iqbal Jovanovic Kimura Lopes
+    Marchetti Morales Navarro Okoye Ortega Osman Pacheco Pinto Qureshi Romano Saito Salazar
+    Sandoval Schultz Serrano Takeda Thapa Uribe Vargas Vega Yilmaz Youssef
     """
 )
 NOUNS = _words(
     """
-    apples notebooks lamps chairs batteries mugs cables towels helmets brushes plates gloves
-    candles stamps ropes tiles pencils hinges buckets carpets mirrors kettles blankets screws
-    drills ladders pillows vases bowls forks spoons knives jackets scarves boots sandals wallets
-    backpacks umbrellas clocks radios speakers keyboards chargers tents lanterns pumps hoses
-    shovels rakes seeds oranges melons cookies pretzels teapots curtains stools shelves frames
-    magnets whistles puzzles kites drums flutes guitars staplers folders envelopes stickers
-    markers crayons easels aprons napkins trays jars bottles baskets crates boxes barrels filters
-    valves gaskets bearings springs wrenches hammers pliers sponges mops brooms doorknobs
+    apples chairs mugs brushes kettles ladders vases scarves sandals backpacks umbrellas
+    chargers rakes seeds melons pretzels teapots frames whistles kites flutes staplers easels
+    boxes filters gaskets wrenches pliers mops doorknobs anvils axes bagels beakers belts
+    binders blinds bookends buttons cards chains clamps clips coins combs compasses cots cradles
+    cupboards dryers flags flasks footballs funnels games globes grills harps headsets hoodies
+    irons jugs juicers keychains knobs ladles lighters limes lockers masks mixers modems nets
+    nuts oars padlocks pans parkas pitchers plums poles pots projectors racks razors sashes
+    screens sheets shirts shutters skewers skillets skirts sofas spades spanners spindles spools
+    stencils stockings tambourines thimbles ties timers toasters torches tripods trombones
+    trowels tubs ukuleles unicycles vacuums vests violins waffles washers webcams wigs windmills
+    yoyos zippers zithers
     """
 )
 MODIFIERS = _words(
     """
-    blue green yellow purple grey small large brass copper wooden plastic ceramic cotton leather
-    rubber steel paper bamboo folding garden kitchen travel winter spare striped round heavy
-    glass linen velvet oak office camping bicycle
+    blue green yellow purple grey small large plastic paper travel winter round heavy glass
+    office red white black orange brown tiny long short thin thick wide square flat soft hard
+    light dark clear canvas denim tin stone clay pine felt bath school fishing party baby modern
+    double solar electric manual magnetic printed woven knitted oval plain bright teal amber
+    beige
     """
 )
 CITIES = _words(
     """
-    Oslo Lima Cairo Quito Delhi Paris Turin Kyoto Perth Sofia Lagos Boston Milan Vienna Seoul Porto
-    Athens Berlin Bogota Chennai Dallas Dublin Geneva Hanoi Havana Istanbul Jakarta Kampala Lisbon
-    London Madrid Manila Miami Nairobi Osaka Prague Riga Rome Santiago Sydney Tallinn Tokyo Toronto
-    Tunis Utrecht Valencia Warsaw Zagreb Zurich Accra Baku Bergen Cardiff Denver Doha Ghent Houston
-    Krakow Leeds Lyon Malmo Naples Odense Phoenix Rabat Seville Tampa Vilnius Bristol
+    Paris Turin Boston Porto Hanoi London Osaka Rome Utrecht Valencia Zagreb Accra Doha Ghent
+    Rabat Aachen Aarhus Alicante Almaty Amman Antwerp Asmara Astana Avignon Bari Beirut Belgrade
+    Bordeaux Brno Bruges Busan Caracas Cartagena Casablanca Chicago Colombo Cusco Dakar Darwin
+    Dortmund Durban Eindhoven Essen Evora Fargo Galway Gdansk Genoa Graz Guadalajara Haifa
+    Harare Incheon Innsbruck Kigali Kobe Kuching Lausanne Leuven Linz Ljubljana Lucknow Maputo
+    Marseille Minsk Mombasa Monaco Muscat Nantes Oxford Padua Palermo Pamplona Parma Pisa
+    Plovdiv Recife Rostock Rotterdam Salerno Salzburg Sapporo Sendai Siena Skopje Stuttgart Suva
+    Tampere Tashkent Toulouse Trieste Trondheim Uppsala Varna Verona Vigo Windhoek Yerevan
+    Yokohama Zadar Zaragoza
     """
 )
 CITY_PREFIXES = _words(
     """
-    New Port San Upper Fort Lake North Saint Mount Old East Cape Santa Little Grand West South Los
-    Lower El Bad Point
+    New Port San Upper Fort Lake North Saint Mount Old East Little Grand West South Los Lower El
+    Point Big Deep Far Great High Golden La Le Mont Rock Royal Silver Spring Sun Key
     """
 )
 REAL_WORDS = (FIRST_NAMES, LAST_NAMES, NOUNS, MODIFIERS, CITIES, CITY_PREFIXES)
 
-_ONSETS = _words(
+# Invented words begin with one of these: see the module's docstring for the choice.
+_NAME_OPENERS = _words(
     """
-    b c d f g h j k l m n p r s t v w z b d f h j k l m n p r t v br cl dr fl gr kr pl qu sh sk st
-    sw th tr
+    baix ban beld bem boun brel brum bur cem cley clen clun con dais dear doon dou drel dren
+    drur elm fand fis flan flar flou gia goun gres grum heer hean joun keel koun krol leam leem
+    lild lol lun muld nai nel nian num pai plia plon plum poun quam quar quel quir rem run sem
+    shum skim sku skul sond stel stia stom stum sum swil swol teld thal thel thon toom trea tril
+    trir var veam vol vold wean weer wun zal zar zem zend zial
     """
 )
-_VOWELS = _words("a a a a e e e e i i i i o o o o u u u ai ea ee ia oo ou")
-_CODAS = ("",) * 20 + _words("l l m m n n n r r r s s ld nd ng rk sh st x")
+_NOUN_OPENERS = _words(
+    """
+    ban band beem boun bram bres brum ceam cend clen clol clou cun dild dold door doun dral dren
+    drou fean fen ferk fol flam flin flun gar gark gral gram grem herk hial hoon hul jan joor
+    joul karn keel kim koul kren krim kroo krun laim lirk loon meam mou moum mun nand neam noum
+    pam ploo plem plim poor poum quen quel quor rean rind rom serk shan shom sias skam skar skum
+    skos stel stil stul swee swil swin taim thil thim thom tond toon tren trom vald veal vool
+    wea weel woul zain zend zou
+    """
+)
+_ONSETS = _words("b c d f g h j k l m n p r s t v w z br dr fl gr pl sh st th tr")
+_VOWELS = _words("a a a e e e i i i o o o u u ai ea ee ia oo ou")
+_CODAS = ("",) * 12 + _words("l m n r s ld nd sh st")
 _LINKS = _words("l m n r s v d")
 _NAME_ENDS = ("", "", *_words("a o i in ka el en is ara ine eth on us ette ius ya"))
 _LAST_ENDS = ("", *_words("son sen ez ov ski man ini aux ley well wick sson era ova"))
@@ -180,7 +213,7 @@ _CITY_ENDS = _words(
 _BRAND_ENDS = ("", *_words("ex ora ix tek on io ano"))
 
 # Syllables meet by chance; these would make an embarrassing customer.
-_UNWANTED = _words("cum dild nazi negr nig pedo penis piss poop porn rape sex shit")
+_UNWANTED = _words("anus cum dild nazi negr nig pedo penis piss poop porn rape sex shit")
 _TAKEN = frozenset(word.lower() for words in REAL_WORDS for word in words)
 _HELD_OUT_SHARE = 4  # one value in four belongs to the held-out side
 _QUANTITIES = range(2, 300)
@@ -249,11 +282,13 @@ class _Values:
         cut = len(options) // _HELD_OUT_SHARE
         return options[:cut] if self._held_out else options[cut:]
 
-    def _invented(self, endings: Sequence[str]) -> str:
+    def _invented(self, openers: Sequence[str], endings: Sequence[str]) -> str:
         """Return a lower-case word of this side made from syllables and one of the endings."""
         while True:
             ending = self._draws.pick(endings)
-            stem = "".join(self._syllable() for _ in range(self._draws.pick((1, 1, 2))))
+            stem = self._draws.pick(openers)
+            if self._draws.chance(0.35):
+                stem += "".join(self._draws.pick(part) for part in (_ONSETS, _VOWELS, _CODAS))
             # An ending that begins with a vowel follows a consonant, or nobody could read it.
             if ending[:1] in _VOWELS and stem[-1] in _VOWELS:
                 stem += self._draws.pick(_LINKS)
@@ -261,9 +296,8 @@ class _Values:
             if 5 <= len(word) <= 9 and self._owns(word):
                 return word
 
-    def _syllable(self) -> str:
-        parts = (_ONSETS, _VOWELS, _CODAS)
-        return "".join(self._draws.pick(part) for part in parts)
+    def _proper(self, endings: Sequence[str]) -> str:
+        return self._invented(_NAME_OPENERS, endings).capitalize()
 
     def _owns(self, word: str) -> bool:
         if word in _TAKEN or any(part in word for part in _UNWANTED):
@@ -273,28 +307,28 @@ class _Values:
 
     def name(self) -> str:
         real = self._draws.chance(0.5)
-        first = self._draws.pick(self._first) if real else self._invented(_NAME_ENDS).capitalize()
+        first = self._draws.pick(self._first) if real else self._proper(_NAME_ENDS)
         if self._draws.chance(0.6):
             return first
         real = self._draws.chance(0.5)
-        last = self._draws.pick(self._last) if real else self._invented(_LAST_ENDS).capitalize()
+        last = self._draws.pick(self._last) if real else self._proper(_LAST_ENDS)
         return f"{first} {last}"
 
     def item(self) -> str:
         noun = self._draws.pick(self._nouns)
         if self._draws.chance(0.5):
-            noun = self._invented(_NOUN_ENDS)
+            noun = self._invented(_NOUN_OPENERS, _NOUN_ENDS)
         shape = self._draws.below(10)
         if shape < 3:
             return f"{self._draws.pick(self._modifiers)} {noun}"
         if shape == 3:
-            return f"{self._invented(_BRAND_ENDS).capitalize()} {noun}"
+            return f"{self._proper(_BRAND_ENDS)} {noun}"
         return noun
 
     def city(self) -> str:
         city = self._draws.pick(self._cities)
         if self._draws.chance(0.5):
-            city = self._invented(_CITY_ENDS).capitalize()
+            city = self._proper(_CITY_ENDS)
         if self._draws.chance(0.2):
             return f"{self._draws.pick(self._prefixes)} {city}"
         return city

@@ -11,16 +11,18 @@ Hooks used, each with a test in ``tests/integrations/test_peft.py``:
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import peft.tuners.lora.model as peft_lora_model
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError, ModelError
@@ -147,6 +149,27 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):
             shapes[name] = (module.weight.shape[0], module.weight.shape[1])
     return shapes
+
+
+def add_adapter(
+    model: PreTrainedModel, settings: LoraSettings, *, low_cpu_mem_usage: bool = False
+) -> PeftModel:
+    """`peft.get_peft_model` with our settings; what is trained is float32.
+
+    Args:
+        model: the frozen base.
+        settings: the adapter.
+        low_cpu_mem_usage: make the adapter on meta (for planning).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on settings that we choose ourselves
+        wrapped = get_peft_model(model, lora_config(settings), low_cpu_mem_usage=low_cpu_mem_usage)
+    assert isinstance(wrapped, PeftModel)
+    for parameter in wrapped.parameters():
+        # modules_to_save are copied in the base's dtype
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    return wrapped
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:

@@ -312,3 +312,20 @@ def install() -> None:
 
     setattr(num_parameters, _MARK, True)
     PreTrainedModel.num_parameters = num_parameters
+
+
+def enable_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in backward (non-reentrant: frozen inputs need no special hook)."""
+    settings = {"use_reentrant": False}
+    # transformers 5.23 renamed the method; 5.17 has only the old name.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    else:
+        enable(activation_checkpointing_kwargs=settings)
+
+
+def disable_checkpointing(model: PreTrainedModel) -> None:
+    """Keep activations again."""
+    disable = getattr(model, "activation_checkpointing_disable", None)
+    (disable or model.gradient_checkpointing_disable)()

@@ -6,19 +6,18 @@ import json
 import os
 import shutil
 import uuid
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourbit import files
 from fourbit.errors import InputError, ModelError, VerificationFailed
-from fourbit.integrations.peft import linear_shapes, lora_config, lora_layers
+from fourbit.integrations.peft import add_adapter, linear_shapes, lora_layers
 from fourbit.lora import LoraSettings, expected_trainable, resolve_targets
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -61,14 +60,7 @@ def inject(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base: s
     """
     targets = planned_targets(model, settings)
     torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's advice on settings we choose ourselves
-        wrapped = get_peft_model(model, lora_config(settings))
-    assert isinstance(wrapped, PeftModel)
-    for parameter in wrapped.parameters():
-        # modules_to_save are copied in the base's dtype; what is trained is trained in fp32
-        if parameter.requires_grad and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+    wrapped = add_adapter(model, settings)
     wrapped.peft_config["default"].base_model_name_or_path = base
     missing = sorted(targets.keys() - lora_layers(wrapped).keys())
     if missing:

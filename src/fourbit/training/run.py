@@ -13,11 +13,12 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fourbit import __version__, checkpoint, planner, report
+from fourbit import __version__, checkpoint, planner
 from fourbit import device as devices
 from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
 from fourbit.errors import EnvironmentFault, FourbitError, InputError
 from fourbit.generate import Generator, Sampling
+from fourbit.integrations.transformers import enable_checkpointing
 from fourbit.linear import parameter_counts
 from fourbit.loading import (
     LoadOptions,
@@ -32,6 +33,7 @@ from fourbit.optim import build_optimizer
 from fourbit.receipt import Receipt, Watch
 from fourbit.rundir import RunDir
 from fourbit.settings import Resolved, dump_settings
+from fourbit.training import reporting
 from fourbit.training.adapter import (
     ADAPTER_FILE,
     SAVE_DTYPES,
@@ -165,6 +167,15 @@ class _Run:
         self.prepare()
         resolved = Resolved(self.config, self.origins)
         self.folder.write_text(self.folder.config_path, dump_settings(resolved))
+        self.folder.write_json(
+            reporting.PLAN_FILE,
+            {
+                "plan": self.plan.as_dict(),
+                "audit": self.data.audit.as_dict(),
+                "machine": devices.machine().as_dict(),
+                "origins": self.origins,
+            },
+        )
         self.load()
         resumed = self.resume()
         if not resumed:
@@ -194,7 +205,7 @@ class _Run:
             )
         device = devices.default_device()
         self.dtype = devices.resolve_precision(self.config.precision, device)
-        rows = self._rows()
+        rows = read_rows(self.config.data)
         self.source = resolve_source(self.config.model, revision=self.config.revision)
         trust = self.config.trust_remote_code
         self.model_config = load_config(self.source, trust_remote_code=trust)
@@ -202,15 +213,9 @@ class _Run:
         self._tokenize(rows)
         self._plan(device)
 
-    def _rows(self) -> Rows:
-        rows = read_rows(self.config.data)
-        for text in map(str, rows.formats):
-            self.say.line(f"format: {text}")
-        return rows
-
     def _tokenize(self, rows: Rows) -> None:
         text_config = self.model_config.get_text_config()
-        count = len(rows.examples)
+        count = len(rows.train) + len(rows.eval or ())
         with self.say.task("tokenizing", total=count) as advance:
             self.data = prepare(
                 self.config.data,
@@ -276,9 +281,7 @@ class _Run:
                     f" ({tensor.share:.0%} of the model)"
                 )
         if self.plan.checkpointing:
-            base.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+            enable_checkpointing(base)
         if full:
             base.requires_grad_(True)
             self.model = base
@@ -551,7 +554,6 @@ class _Run:
 
     def _receipt(self, samples: list[dict[str, str]]) -> Receipt:
         config = self.config
-        metrics = self.folder.read_metrics()
         facts = {
             "steps": self.loop.state.step,
             "eval_loss_before": self.loop.state.eval_loss_before,
@@ -579,23 +581,10 @@ class _Run:
             train_seconds=round(self.loop.state.seconds, 3),
             skipped_updates=self.loop.state.nonfinite_total,
         )
-        self.folder.write_json("samples.json", samples)
+        self.folder.write_json(reporting.SAMPLES_FILE, samples)
         self.folder.write_json(self.folder.receipt_path, receipt.as_dict())
         self._print_receipt(receipt)
-        content = report.ReportContent(
-            title=self.folder.path.name,
-            config=report.flatten(config.model_dump(mode="json")),
-            origins=self.origins,
-            metrics=metrics,
-            plan=self.plan.as_dict(),
-            measured_peak_bytes=self.peak,
-            receipt=receipt.as_dict(),
-            samples=samples,
-            scores=None,
-            audit=self.data.audit.as_dict(),
-            machine=devices.machine().as_dict(),
-        )
-        report.write_report(self.folder.report_path, content)
+        reporting.write_run_report(self.folder)
         return receipt
 
     def _adapter_step(self) -> int:

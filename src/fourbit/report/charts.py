@@ -18,6 +18,7 @@ Point = tuple[float, float | None]
 _WIDTH, _HEIGHT = 640, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 16, 46
 _BUCKETS = 250
+_HUGE, _TINY = 1e100, 1e-30
 _BAR_HEIGHT, _BAR_STEP = 34, 74
 
 
@@ -54,11 +55,11 @@ class _Frame:
 
 
 def finite(value: object) -> float | None:
-    """``value`` as a float, or None when it is no finite number."""
+    """``value`` as a float, or None when it is no number that can be drawn."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    number = float(value)
-    return number if math.isfinite(number) else None
+    # Nothing measured is larger; beyond it the arithmetic of the axes would overflow.
+    return float(value) if -_HUGE < value < _HUGE else None
 
 
 def decimate(points: Sequence[Point], *, buckets: int = _BUCKETS) -> list[Point]:
@@ -115,6 +116,8 @@ def tick_text(value: float, step: float) -> str:
     if step < 1e-3 or step >= 1e6:
         digits = max(0, math.floor(math.log10(abs(value))) - math.floor(math.log10(step)))
         mantissa, exponent = f"{value:.{digits}e}".split("e")
+        if "." in mantissa:
+            mantissa = mantissa.rstrip("0").rstrip(".")
         return f"{mantissa}e{int(exponent)}"
     return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
 
@@ -132,9 +135,9 @@ def line_chart(series: Sequence[Series], *, summary: str, from_zero: bool = Fals
         return ""
     values = [value for s in shown for _, value in s.points if value is not None]
     low, high = (min(0.0, min(values)) if from_zero else min(values)), max(values)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), _TINY):
         # A flat curve belongs in the middle, whatever its size.
-        pad = abs(high) * 0.5 or 1.0
+        pad = abs(high) * 0.5 if abs(high) > _TINY else 1.0
         low, high = (low if from_zero and low < high else low - pad), high + pad
     levels = ticks(low, high)
     x_max = max(1.0, *(step for s in shown for step, _ in s.points))

@@ -1,0 +1,5 @@
+"""``python -m fourbit``."""
+
+from fourbit.cli import main
+
+main()

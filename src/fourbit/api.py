@@ -1,0 +1,53 @@
+"""Python functions behind `fourbit verify` and `fourbit plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fourbit import device as devices
+from fourbit import planner
+from fourbit.loading import load_config, resolve_source
+from fourbit.receipt import Receipt
+from fourbit.training.config import TrainConfig
+from fourbit.verification import verify_run
+
+
+def verify(run_dir: str | Path, *, base: bool = True) -> Receipt:
+    """Re-checks a run's files, and with ``base`` the base model's bytes too.
+
+    Raises:
+        InputError: no finished run there.
+    """
+    return verify_run(Path(run_dir), base=base)
+
+
+def plan(
+    model: str, *, config: TrainConfig | None = None, device: torch.device | str | None = None
+) -> planner.Plan:
+    """Bytes by part for fine-tuning ``model`` as configured; no weight is read.
+
+    Args:
+        model: folder, GGUF file, hub id or alias.
+        config: the run; defaults where None.
+        device: where it would run; None takes this machine's.
+
+    Raises:
+        ModelError: the model's configuration cannot be read or is no causal LM.
+    """
+    run = config or TrainConfig()
+    target = devices.default_device() if device is None else torch.device(device)
+    return planner.plan_training(
+        load_config(resolve_source(model, revision=run.revision)),
+        planner.TrainingShape(
+            method=run.method,
+            quant=run.quant,
+            lora=run.lora,
+            dtype=devices.resolve_precision(run.precision, target),
+            batch_size=run.batch_size,
+            length=run.data.max_length,
+            checkpointing=run.gradient_checkpointing,
+        ),
+        device=target,
+    )

@@ -1,0 +1,438 @@
+"""The command line: flags in, functions called, one line or one JSON object out. No logic.
+
+Bodies import what they need: ``--help`` must not pay for torch and transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from fourbit import __version__
+from fourbit.errors import FourbitError, InputError, nearest, one_line
+
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+class _Lines(click.Command):
+    """A command whose examples keep their line breaks in ``--help``."""
+
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if self.examples:
+            formatter.write_paragraph()
+            formatter.write("Examples:\n")
+            for line in self.examples.strip().splitlines():
+                formatter.write(f"  {line.strip()}\n")
+
+
+class _TrainCommand(_Lines):
+    """`train`: its flags are the fields of `TrainConfig`, listed from the schema."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        from fourbit.settings import options
+        from fourbit.training.config import SHORT_FORMS, TrainConfig
+
+        rows = [
+            (f"--{o.key} {o.type_text}", f"{o.help} [{o.default_text}]")
+            for o in options(TrainConfig)
+        ]
+        with formatter.section("Settings (the keys of the YAML file)"):
+            formatter.write_dl(rows, col_max=44)
+        short = [
+            ("-" * (1 if len(k) == 1 else 2) + k, f"--{v}") for k, v in sorted(SHORT_FORMS.items())
+        ]
+        with formatter.section("Short forms"):
+            formatter.write_dl(short)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fourbit")
+def cli() -> None:
+    """Fine-tunes language models in 4 bits (QLoRA) on the hardware you have."""
+
+
+@cli.command(
+    cls=_TrainCommand,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    examples="""
+    fourbit train --model smollm2 --data orders.jsonl -o runs/orders
+    fourbit train config.yaml --lora.r 32 --optim.lr 1e-4
+    fourbit train config.yaml --resume auto
+    fourbit train config.yaml --dry-run
+    """,
+)
+@click.argument("settings", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG.yaml] [--key value]")
+@click.option("--resume", metavar="auto|STEP", help="Continue the run in its directory.")
+@click.option("--overwrite", is_flag=True, help="Move an existing run aside.")
+@click.option("--dry-run", is_flag=True, help="Stop after the plan and the data audit.")
+@_JSON
+def train(
+    settings: tuple[str, ...], resume: str | None, overwrite: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Fine-tunes a model and writes a run directory."""
+    from fourbit.settings import load_settings
+    from fourbit.training.config import SHORT_FORMS, TrainConfig
+
+    path, overrides = _split(settings)
+    if resume is not None:
+        overrides.append(("resume", resume))
+    resolved = load_settings(
+        TrainConfig, path=path, overrides=overrides, short_forms=_with_tails(SHORT_FORMS)
+    )
+    from fourbit.training.progress import Reporter
+    from fourbit.training.run import train as run_training
+
+    result = run_training(
+        resolved.value,
+        origins=resolved.origins,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        reporter=Reporter(quiet=as_json),
+    )
+    if as_json:
+        _print_json(result.as_dict())
+
+
+def _with_tails(short_forms: dict[str, str]) -> dict[str, str]:
+    return {**short_forms, "skip_bad_lines": "data.skip_bad_lines"}
+
+
+def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:
+    """``[config.yaml] --key value --key=value -o value`` to a path and pairs."""
+    path: Path | None = None
+    pairs: list[tuple[str, str]] = []
+    rest = list(settings)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            if path is not None:
+                raise InputError(
+                    "bad-argument",
+                    where=word,
+                    what="a second configuration file, or a value without its key",
+                    fix="write settings as --key value",
+                )
+            path = Path(word)
+            continue
+        key, equals, value = word.lstrip("-").partition("=")
+        if not equals:
+            if not rest or (rest[0].startswith("--") and len(rest[0]) > 2):
+                raise InputError(
+                    "missing-value", where=word, what="needs a value", fix=f"{word} VALUE"
+                )
+            value = rest.pop(0)
+        # --batch-size is --batch_size; a dash inside a dotted key can only be that
+        pairs.append((key.replace("-", "_"), value))
+    return path, pairs
+
+
+@cli.command(
+    cls=_Lines,
+    examples="""
+    fourbit plan smollm2
+    fourbit plan ./my-model --method full --max-length 2048 --json
+    """,
+)
+@click.argument("model")
+@click.option("--method", type=click.Choice(["qlora", "lora", "full"]), default="qlora")
+@click.option("--r", type=click.IntRange(1), default=None, help="Rank of the adapters.")
+@click.option("--batch-size", type=click.IntRange(1), default=None, help="Sequences at once.")
+@click.option("--max-length", type=click.IntRange(8), default=None, help="Tokens in a sequence.")
+@click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
+@_JSON
+def plan(
+    model: str,
+    method: str,
+    r: int | None,
+    batch_size: int | None,
+    max_length: int | None,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Says what fine-tuning MODEL needs in memory, before anything is loaded."""
+    from fourbit.api import plan as make_plan
+    from fourbit.training.config import TrainConfig
+
+    given: dict[str, Any] = {"model": model, "method": method, "revision": revision}
+    if batch_size is not None:
+        given["batch_size"] = batch_size
+    if r is not None:
+        given["lora"] = {"r": r}
+    if max_length is not None:
+        given["data"] = {"max_length": max_length}
+    result = make_plan(model, config=TrainConfig.model_validate(given))
+    _show(as_json, result.as_dict(), result.lines())
+
+
+@cli.command(cls=_Lines, examples="fourbit verify runs/orders")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--no-base", is_flag=True, help="Do not load the base model again.")
+@_JSON
+def verify(run: Path, no_base: bool, as_json: bool) -> None:
+    """Re-checks a run: receipt, adapter, checkpoints, metrics and the base's bytes."""
+    from fourbit.api import verify as verify_run
+    from fourbit.errors import VerificationFailed
+
+    receipt = verify_run(run, base=not no_base)
+    lines = [f"{'ok  ' if c.ok else 'FAIL'} {c.name}: {c.detail}" for c in receipt.checks]
+    lines += [f"note {finding}" for finding in receipt.findings]
+    values = {
+        "ok": receipt.ok,
+        "checks": [c.as_dict() for c in receipt.checks],
+        "findings": receipt.findings,
+    }
+    _show(as_json, values, lines)
+    if not receipt.ok:
+        failed = ", ".join(check.name for check in receipt.checks if not check.ok)
+        error = VerificationFailed("verify", where=str(run), what=f"failed: {failed}")
+        if as_json:
+            sys.exit(error.exit_code)
+        raise error
+
+
+_MODEL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.option("--adapter", type=click.Path(path_type=Path), help="Run or adapter directory."),
+    click.option(
+        "--quant",
+        type=click.Choice(["nf4", "fp4", "none"]),
+        default="nf4",
+        show_default=True,
+        help="How the base is held.",
+    ),
+    click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
+    click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0),
+    click.option("--seed", type=click.IntRange(0), default=0),
+    click.option("--system", default=None, help="System message."),
+    click.option("--chat-template", default=None, help="Built-in name or .jinja file."),
+)
+
+
+def _model_options(function: Any) -> Any:
+    for option in reversed(_MODEL_OPTIONS):
+        function = option(function)
+    return function
+
+
+def _open(model: str, options: dict[str, Any]) -> Any:
+    from fourbit.generate import open_generator
+    from fourbit.quantize import QuantConfig
+
+    kind = options["quant"]
+    return open_generator(
+        model,
+        adapter=options["adapter"],
+        quant=None if kind == "none" else QuantConfig(quant_type=kind),
+        chat_template=options["chat_template"],
+    )
+
+
+def _sampling(options: dict[str, Any]) -> Any:
+    from fourbit.generate import Sampling
+
+    return Sampling(
+        max_new_tokens=options["max_new_tokens"],
+        temperature=options["temperature"],
+        top_p=options["top_p"],
+        seed=options["seed"],
+    )
+
+
+@cli.command(
+    cls=_Lines,
+    examples="""
+    fourbit generate smollm2 --prompt "What is a llama?"
+    fourbit generate smollm2 --adapter runs/orders --prompt "Anna wants 3 mugs" --json
+    """,
+)
+@click.argument("model")
+@click.option("--prompt", required=True, help="The user's turn; - reads stdin.")
+@click.option("--raw", is_flag=True, help="Continue the text as it is, without a chat template.")
+@_model_options
+@_JSON
+def generate(model: str, prompt: str, raw: bool, as_json: bool, **options: Any) -> None:
+    """Answers one prompt."""
+    import time
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise InputError("empty-prompt", where="--prompt", what="is empty")
+    generator = _open(model, options)
+    ids = generator.prompt_ids(text if raw else _turns(options["system"], text))
+    began = time.perf_counter()
+    answer = generator.answers([ids], _sampling(options))[0]
+    speed = answer.tokens / max(time.perf_counter() - began, 1e-9)
+    values = {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "prompt_tokens": len(ids),
+        "tokens_per_second": round(speed, 2),
+    }
+    _show(as_json, values, [answer.text])
+
+
+def _turns(system: str | None, text: str) -> list[dict[str, object]]:
+    turns: list[dict[str, object]] = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": text}]
+
+
+@cli.command(cls=_Lines, examples="fourbit chat smollm2 --adapter runs/orders")
+@click.argument("model")
+@_model_options
+def chat(model: str, **options: Any) -> None:
+    """Talks with a model; an empty line or Ctrl-D ends."""
+    generator = _open(model, options)
+    history = _turns(options["system"], "")[:-1]
+    interactive = sys.stdin.isatty()
+    while True:
+        try:
+            line = click.prompt("you", prompt_suffix="> ") if interactive else input()
+        except (EOFError, click.Abort):
+            break
+        if not line.strip():
+            break
+        history.append({"role": "user", "content": line})
+        answer = generator.answers([generator.prompt_ids(history)], _sampling(options))[0]
+        history.append({"role": "assistant", "content": answer.text})
+        click.echo(answer.text)
+
+
+@cli.command(cls=_Lines, examples="fourbit inspect smollm2")
+@click.argument("model")
+@_JSON
+def inspect(model: str, as_json: bool) -> None:
+    """Says what a model file or folder, or an adapter, holds."""
+    from fourbit.inspection import inspect as look
+
+    found = look(model)
+    _show(as_json, found.as_dict(), found.lines())
+
+
+@cli.command(cls=_Lines, examples="fourbit doctor")
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Says what this machine can do."""
+    from fourbit.doctor import diagnose
+
+    diagnosis = diagnose()
+    _show(as_json, diagnosis.as_dict(), diagnosis.lines())
+
+
+@cli.command(cls=_Lines, examples="fourbit demo -o fourbit-demo")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), default=Path("fourbit-demo"),
+    show_default=True, help="Folder for data, configuration and run.",
+)  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of the data generator.")
+@click.option("--train-rows", type=click.IntRange(16), default=None)
+@click.option("--test-rows", type=click.IntRange(2), default=None)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier demo in that folder.")
+@_JSON
+def demo(
+    output: Path,
+    seed: int,
+    train_rows: int | None,
+    test_rows: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Teaches a small real model a task it cannot do, in minutes, and proves it."""
+    from dataclasses import replace
+
+    from fourbit.demo.run import DemoShape, run_demo
+    from fourbit.training.progress import Reporter
+
+    shape = DemoShape(seed=seed)
+    if train_rows is not None:
+        shape = replace(shape, train_rows=train_rows)
+    if test_rows is not None:
+        shape = replace(shape, test_rows=test_rows)
+    result = run_demo(output, shape, overwrite=overwrite, reporter=Reporter(quiet=as_json))
+    if as_json:
+        _print_json(result.as_dict())
+
+
+def _show(as_json: bool, values: dict[str, Any], lines: Sequence[str]) -> None:
+    if as_json:
+        _print_json(values)
+    else:
+        click.echo("\n".join(lines))
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    from fourbit.files import valid_json
+
+    click.echo(valid_json(values))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Entry point: runs a command and exits with the documented code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    try:
+        cli.main(args=words, prog_name="fourbit", standalone_mode=False)
+    except FourbitError as error:
+        _fail(error.line(), error.exit_code, as_json, error.as_dict())
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.UsageError as error:
+        _usage(error, as_json)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("error[interrupted] stopped before anything was written", 130, as_json)
+    except BrokenPipeError:
+        # The reader of our output has gone; nothing is left to tell it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:  # noqa: BLE001  # the last resort: one line, the rest in a file
+        _crash(error, as_json)
+    sys.exit(0)
+
+
+def _usage(error: click.UsageError, as_json: bool) -> NoReturn:
+    command = error.ctx.command if error.ctx is not None else cli
+    where = error.ctx.command_path if error.ctx is not None else "fourbit"
+    fix = f"see {where} --help"
+    name = getattr(error, "option_name", None)
+    if isinstance(error, click.NoSuchOption) and name:
+        known = [o for p in command.params for o in p.opts if o.startswith("--")]
+        fix = nearest(name, known)
+    elif error.message.startswith("No such command"):
+        typed = error.message.split("'")[1]
+        fix = nearest(typed, cli.commands)
+    what = error.format_message().rstrip(".").splitlines()[0]
+    failure = InputError("usage", where=where, what=what, fix=fix)
+    _fail(failure.line(), failure.exit_code, as_json, failure.as_dict())
+
+
+def _crash(error: Exception, as_json: bool) -> NoReturn:
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="fourbit-", suffix=".log", delete=False, encoding="utf-8"
+    ) as log:
+        log.write(traceback.format_exc())
+    message = str(error).splitlines()[0] if str(error) else ""
+    line = f"error[internal] {type(error).__name__}: {message}; fix: report it with {log.name}"
+    _fail(one_line(line), 1, as_json)
+
+
+def _fail(line: str, code: int, as_json: bool, facts: dict[str, str] | None = None) -> NoReturn:
+    click.echo(line, err=True)
+    if as_json:
+        click.echo(json.dumps({"error": facts or {"what": line}, "exit_code": code}))
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

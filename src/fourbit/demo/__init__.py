@@ -1,0 +1,1 @@
+"""The demo: a generated task with exact-match scoring."""

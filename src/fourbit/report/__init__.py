@@ -1,0 +1,5 @@
+"""The report of a run (``report.html``) and its picture for a README."""
+
+from fourbit.report.content import ReportContent as ReportContent
+from fourbit.report.page import write_report as write_report
+from fourbit.report.summary import plot_summary as plot_summary
