@@ -268,6 +268,11 @@ def test_a_gap_breaks_the_curve_and_a_spike_survives():
     assert path[1].count("M") == 2
 
 
+def test_a_curve_of_one_point_is_a_dot():
+    assert 'class="single"' in line_chart([Series("s", [(1.0, 2.0), (2.0, None)])], summary="")
+    assert 'class="single"' not in line_chart([Series("s", [(1.0, 2.0), (2.0, 3.0)])], summary="")
+
+
 def test_the_running_mean_by_hand():
     points = [(1.0, 2.0), (2.0, 4.0), (3.0, None), (4.0, 6.0)]
     assert running_mean(points, 2) == [(1.0, 2.0), (2.0, 3.0), (3.0, None), (4.0, 5.0)]

@@ -12,8 +12,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from fourbit import device as devices
 from fourbit.data import ChatTemplate, render, resolve_template
 from fourbit.errors import InputError, ModelError
+from fourbit.linear import keep_dequantized
 from fourbit.loading import LoadOptions, load_model, load_tokenizer, resolve_source
 from fourbit.quantize import QuantConfig
 from fourbit.receipt import combined_digest, frozen_digests
@@ -114,15 +116,27 @@ class Generator:
         results: dict[int, Answer] = {}
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         torch.manual_seed(sampling.seed)
-        for batch in _batches(order, prompts, sampling.max_new_tokens):
-            outputs = self._run([prompts[i] for i in batch], sampling)
-            for index, ids in zip(batch, outputs, strict=True):
-                text = self.tokenizer.decode(ids, skip_special_tokens=True)
-                results[index] = Answer(text, len(ids))
-            if progress is not None:
-                progress(len(results), "")
+        with keep_dequantized(self.model, self._dtype(), budget=self._budget()):
+            for batch in _batches(order, prompts, sampling.max_new_tokens):
+                outputs = self._run([prompts[i] for i in batch], sampling)
+                for index, ids in zip(batch, outputs, strict=True):
+                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                    results[index] = Answer(text, len(ids))
+                if progress is not None:
+                    progress(len(results), "")
         self.model.train(was_training)
         return [results[index] for index in range(len(prompts))]
+
+    def _dtype(self) -> torch.dtype:
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(floating, torch.float32)
+
+    def _budget(self) -> int:
+        """Half of the free memory may hold expanded weights while generating."""
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] // 2
+        return devices.host_memory()[1] // 2
 
     @torch.no_grad()
     def _run(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
@@ -249,6 +263,7 @@ def _require_same_base(model: nn.Module, folder: Path, name: str) -> None:
         wanted = json.loads(receipt.read_text(encoding="utf-8")).get("base_sha256")
     except (OSError, ValueError):
         return  # a damaged receipt is `verify`'s business
+    model.requires_grad_(False)
     if wanted is not None and combined_digest(frozen_digests(model)) != wanted:
         raise ModelError(
             "other-base",

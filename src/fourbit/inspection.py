@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +15,26 @@ from fourbit.integrations import gguf as gguf_files
 from fourbit.loading import ModelSource, check_safetensors, resolve_source
 from fourbit.training.progress import human_bytes
 
-_STATE_KEY = ".quant_state.bitsandbytes__"
-_SCALE_KEYS = (
-    ".weight.absmax",
-    ".weight.quant_map",
-    ".weight.nested_absmax",
-    ".weight.nested_quant_map",
-    ".SCB",
-    ".weight_format",
-)
-_LARGEST = 5
+_STATE = ".quant_state.bitsandbytes__"
+_SCALES_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+_SCALES_8BIT = (".SCB", ".weight_format")
 _MAX_STATE = 1 << 20
+_LARGEST = 5
 _ADAPTER_FILE, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_UNQUANTIZED = frozenset({"F64", "F32", "F16", "BF16"})
+_ADAPTER_FACTS = ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "target_modules")
+_PLAIN_GGUF = frozenset({"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"})
 
 
 @dataclass(frozen=True)
-class TensorInfo:
+class Weight:
     """One weight of a checkpoint.
 
     Attributes:
         name: as in the file.
         dtype: of the stored elements, as the file calls it.
-        shape: of the weight it stands for, unpacked; GGUF shapes in PyTorch's order.
-        bytes: stored, scales included.
-        quant_type: its 4-bit or 8-bit format; None when it is stored plainly.
+        shape: of the weight it stands for, unpacked; of GGUF in PyTorch's order.
+        bytes: stored, its scales included.
+        quant_type: ``nf4``, ``fp4``, ``int8`` or a GGUF type; None when it is stored plainly.
     """
 
     name: str
@@ -51,13 +48,9 @@ class TensorInfo:
         """Elements of the weight."""
         return math.prod(self.shape)
 
-
-@dataclass(frozen=True)
-class DtypeShare:
-    """The tensors stored with one dtype."""
-
-    count: int
-    bytes: int
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {**asdict(self), "shape": list(self.shape), "parameters": self.parameters}
 
 
 @dataclass(frozen=True)
@@ -67,68 +60,110 @@ class Inspection:
     Attributes:
         name: as the user gave it.
         kind: ``safetensors``, ``gguf`` or ``adapter``.
-        architecture: the model's class or GGUF architecture; for an adapter its base; None when
-            the file does not say.
-        tensors: stored tensors, scales of packed weights included.
-        parameters: elements of the weights, packed ones counted unpacked, scales not at all.
-        bytes: of all tensors.
-        bits_per_weight: ``8 * bytes / parameters``.
-        quant_type: the format that holds most parameters, None when nothing is quantized.
-        dtypes: stored tensors by dtype.
-        largest: the largest weights by bytes.
-        shards: files.
+        architecture: class or GGUF architecture; None when the files do not say.
+        weights: what the model computes with; scales of packed weights are part of theirs.
+        stored: ``(dtype, bytes)`` of every tensor in the files, scales included.
+        shards: files that hold tensors.
         tied_embeddings: whether output and input embeddings share a weight; None for an adapter.
-        adapter: r, lora_alpha, target_modules and base of an adapter, else None.
+        adapter: base, kind, rank, alpha and targets of an adapter; None for a model.
     """
 
     name: str
     kind: str
     architecture: str | None
-    tensors: int
-    parameters: int
-    bytes: int
-    bits_per_weight: float
-    quant_type: str | None
-    dtypes: dict[str, DtypeShare]
-    largest: tuple[TensorInfo, ...]
+    weights: tuple[Weight, ...]
+    stored: tuple[tuple[str, int], ...]
     shards: int
-    tied_embeddings: bool | None
-    adapter: dict[str, Any] | None = field(default=None)
+    tied_embeddings: bool | None = None
+    adapter: dict[str, Any] | None = None
+
+    @property
+    def tensors(self) -> int:
+        """Tensors in the files, scales included."""
+        return len(self.stored)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weights: packed ones counted unpacked, scales not at all."""
+        return sum(weight.parameters for weight in self.weights)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(size for _, size in self.stored)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each parameter; 0 without parameters."""
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+    @property
+    def quant_type(self) -> str | None:
+        """The quantized format that holds most parameters; None when nothing is quantized."""
+        held: Counter[str] = Counter()
+        for weight in self.weights:
+            if weight.quant_type is not None:
+                held[weight.quant_type] += weight.parameters
+        return held.most_common(1)[0][0] if held else None
+
+    @property
+    def dtypes(self) -> dict[str, dict[str, int]]:
+        """``{"count", "bytes"}`` of the stored tensors by dtype, most bytes first."""
+        table: dict[str, dict[str, int]] = {}
+        for dtype, size in self.stored:
+            row = table.setdefault(dtype, {"count": 0, "bytes": 0})
+            row["count"] += 1
+            row["bytes"] += size
+        return dict(sorted(table.items(), key=lambda item: (-item[1]["bytes"], item[0])))
+
+    @property
+    def largest(self) -> list[Weight]:
+        """The five weights that take most bytes."""
+        return sorted(self.weights, key=lambda weight: (-weight.bytes, weight.name))[:_LARGEST]
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        facts = asdict(self)
-        facts["largest"] = [
-            {**asdict(tensor), "shape": list(tensor.shape), "parameters": tensor.parameters}
-            for tensor in self.largest
-        ]
-        return facts
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "quant_type": self.quant_type,
+            "bits_per_weight": self.bits_per_weight,
+            "dtypes": self.dtypes,
+            "largest": [weight.as_dict() for weight in self.largest],
+            "shards": self.shards,
+            "tied_embeddings": self.tied_embeddings,
+            "adapter": self.adapter,
+        }
 
     def lines(self) -> list[str]:
         """The facts for people."""
         files = f"{self.shards} file{'s' if self.shards != 1 else ''}"
+        architecture = f" of {self.architecture}" if self.architecture else ""
         lines = [
-            f"{self.kind}: {self.architecture or 'unknown architecture'}, {files}",
+            f"{self.kind}{architecture}, {files}",
             f"parameters: {self.parameters:,} in {self.tensors:,} tensors",
-            f"bytes: {human_bytes(self.bytes)}, {self.bits_per_weight:.3f} bits per weight",
+            f"size: {human_bytes(self.bytes)}, {self.bits_per_weight:.3f} bits per weight",
             f"quantized: {self.quant_type or 'no'}",
         ]
         if self.tied_embeddings is not None:
             lines.append(f"tied embeddings: {'yes' if self.tied_embeddings else 'no'}")
-        if self.adapter is not None:
-            lines += [f"{key}: {_shown(value)}" for key, value in self.adapter.items()]
-        for dtype, share in self.dtypes.items():
-            lines.append(f"  {dtype}: {share.count:,} tensors, {human_bytes(share.bytes)}")
+        for key, value in (self.adapter or {}).items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"{key.replace('_', ' ')}: {shown}")
+        lines.append("stored as:")
+        for dtype, row in self.dtypes.items():
+            count = f"{row['count']:,} tensor{'s' if row['count'] != 1 else ''}"
+            lines.append(f"  {dtype}: {count}, {human_bytes(row['bytes'])}")
         lines.append("largest:")
-        for tensor in self.largest:
-            shape = " x ".join(map(str, tensor.shape)) or "scalar"
-            form = tensor.quant_type or tensor.dtype
-            lines.append(f"  {tensor.name}: {shape}, {form}, {human_bytes(tensor.bytes)}")
+        for weight in self.largest:
+            shape = " x ".join(map(str, weight.shape)) or "scalar"
+            form = weight.quant_type or weight.dtype
+            lines.append(f"  {weight.name}: {shape}, {form}, {human_bytes(weight.bytes)}")
         return lines
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def inspect(name: str) -> Inspection:
@@ -141,38 +176,68 @@ def inspect(name: str) -> Inspection:
         ModelError: no such file, truncated or damaged, or no model.
         EnvironmentFault: a hub id that cannot be fetched.
     """
-    if "\0" not in name:
-        path = Path(name).expanduser()
-        for folder in (path, path / "adapter"):
-            if (folder / _ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-                return _inspect_adapter(name, folder)
-    source = resolve_source(name)
-    return _inspect_gguf(source) if source.kind == "gguf" else _inspect_folder(source)
+    try:
+        adapter = _adapter_folder(name)
+        if adapter is not None:
+            return _inspect_adapter(name, adapter)
+        source = resolve_source(name)
+        return _inspect_gguf(source) if source.kind == "gguf" else _inspect_folder(source)
+    except OSError as error:
+        raise ModelError(
+            "unreadable",
+            where=str(error.filename or name),
+            what=error.strerror or str(error),
+            fix="check the path and its permissions",
+        ) from error
+
+
+def _adapter_folder(name: str) -> Path | None:
+    if "\0" in name:
+        return None
+    path = Path(name).expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / _ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+            return folder
+    return None
 
 
 def _inspect_folder(source: ModelSource) -> Inspection:
     config = _json_object(source.path / "config.json")
-    files = source.weight_files()
-    _require_shards(source, files)
+    files = _shards(source)
     entries = _entries(files)
-    architectures = config.get("architectures")
-    declared = architectures[0] if isinstance(architectures, list) and architectures else None
-    return _summary(
-        Inspection(
-            name=source.name,
-            kind="safetensors",
-            architecture=declared or config.get("model_type"),
-            tensors=len(entries),
-            parameters=0,
-            bytes=sum(entry.size for entry in entries.values()),
-            bits_per_weight=0.0,
-            quant_type=None,
-            dtypes=_by_dtype((entry.dtype, entry.size) for entry in entries.values()),
-            largest=(),
-            shards=len(files),
-            tied_embeddings=_tied(config, entries),
-        ),
-        _weights(entries),
+    declared = config.get("architectures")
+    architecture = declared[0] if isinstance(declared, list) and declared else None
+    tied = config.get("tie_word_embeddings")
+    return Inspection(
+        name=source.name,
+        kind="safetensors",
+        architecture=architecture or config.get("model_type"),
+        weights=tuple(_weights(entries)),
+        stored=tuple((entry.dtype, entry.size) for entry in entries.values()),
+        shards=len(files),
+        tied_embeddings=tied if isinstance(tied, bool) else "lm_head.weight" not in entries,
+    )
+
+
+def _inspect_adapter(name: str, folder: Path) -> Inspection:
+    config = _json_object(folder / _ADAPTER_CONFIG)
+    file = folder / _ADAPTER_FILE
+    if not file.is_file():
+        raise ModelError(
+            "no-adapter-weights",
+            where=str(folder),
+            what=f"{_ADAPTER_CONFIG} without {_ADAPTER_FILE}",
+            fix="save the adapter again with safetensors",
+        )
+    entries = _entries([file])
+    return Inspection(
+        name=name,
+        kind="adapter",
+        architecture=None,
+        weights=tuple(_weights(entries)),
+        stored=tuple((entry.dtype, entry.size) for entry in entries.values()),
+        shards=1,
+        adapter={key: config[key] for key in _ADAPTER_FACTS if config.get(key) is not None},
     )
 
 
@@ -191,63 +256,18 @@ def _inspect_gguf(source: ModelSource) -> Inspection:
     for tensor in reader.tensors:
         dtype = tensor.tensor_type.name
         shape = tuple(int(size) for size in reversed(tensor.shape.tolist()))
-        quant_type = None if dtype in _UNQUANTIZED else dtype
-        weights.append(TensorInfo(tensor.name, dtype, shape, int(tensor.n_bytes), quant_type))
+        quant_type = None if dtype in _PLAIN_GGUF else dtype
+        weights.append(Weight(tensor.name, dtype, shape, int(tensor.n_bytes), quant_type))
     architecture = reader.get_field("general.architecture")
     names = {weight.name for weight in weights}
-    return _summary(
-        Inspection(
-            name=source.name,
-            kind="gguf",
-            architecture=None if architecture is None else str(architecture.contents()),
-            tensors=len(weights),
-            parameters=0,
-            bytes=sum(weight.bytes for weight in weights),
-            bits_per_weight=0.0,
-            quant_type=None,
-            dtypes=_by_dtype((weight.dtype, weight.bytes) for weight in weights),
-            largest=(),
-            shards=1,
-            tied_embeddings="token_embd.weight" in names and "output.weight" not in names,
-        ),
-        weights,
-    )
-
-
-def _inspect_adapter(name: str, folder: Path) -> Inspection:
-    config = _json_object(folder / _ADAPTER_CONFIG)
-    file = folder / _ADAPTER_FILE
-    if not file.is_file():
-        raise ModelError(
-            "no-adapter-weights",
-            where=str(folder),
-            what=f"{_ADAPTER_CONFIG} without {_ADAPTER_FILE}",
-            fix="save the adapter again with safetensors",
-        )
-    entries = _entries([file])
-    targets = config.get("target_modules")
-    return _summary(
-        Inspection(
-            name=name,
-            kind="adapter",
-            architecture=config.get("base_model_name_or_path"),
-            tensors=len(entries),
-            parameters=0,
-            bytes=sum(entry.size for entry in entries.values()),
-            bits_per_weight=0.0,
-            quant_type=None,
-            dtypes=_by_dtype((entry.dtype, entry.size) for entry in entries.values()),
-            largest=(),
-            shards=1,
-            tied_embeddings=None,
-            adapter={
-                "peft_type": config.get("peft_type"),
-                "r": config.get("r"),
-                "lora_alpha": config.get("lora_alpha"),
-                "target_modules": sorted(targets) if isinstance(targets, list) else targets,
-            },
-        ),
-        _weights(entries),
+    return Inspection(
+        name=source.name,
+        kind="gguf",
+        architecture=None if architecture is None else str(architecture.contents()),
+        weights=tuple(weights),
+        stored=tuple((weight.dtype, weight.bytes) for weight in weights),
+        shards=1,
+        tied_embeddings="token_embd.weight" in names and "output.weight" not in names,
     )
 
 
@@ -262,6 +282,28 @@ class _Entry:
     size: int
 
 
+def _shards(source: ModelSource) -> list[Path]:
+    """The files a loader would read; some repositories hold a second copy under other names."""
+    single, index = source.path / "model.safetensors", source.path / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return source.weight_files()
+    named = _json_object(index).get("weight_map")
+    if not isinstance(named, dict):
+        raise _damaged(index, "no weight_map")
+    files = [source.path / file for file in sorted(set(map(str, named.values())))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(
+            "missing-shard",
+            where=source.name,
+            what=f"{len(missing)} of {len(files)} files are missing, first: {missing[0]}",
+            fix="download the checkpoint again",
+        )
+    return files
+
+
 def _entries(files: Iterable[Path]) -> dict[str, _Entry]:
     entries = {}
     for file in files:
@@ -274,30 +316,61 @@ def _entries(files: Iterable[Path]) -> dict[str, _Entry]:
             try:
                 begin, end = map(int, entry["data_offsets"])
                 shape = tuple(map(int, entry["shape"]))
-                entries[name] = _Entry(file, str(entry["dtype"]), shape, data + begin, end - begin)
+                dtype = str(entry["dtype"])
             except (KeyError, TypeError, ValueError) as error:
-                raise _damaged(file, f"the header's entry {name!r} is not valid") from error
+                raise _damaged(file, f"the entry of {name} in the header is not valid") from error
+            entries[name] = _Entry(file, dtype, shape, data + begin, end - begin)
     return entries
 
 
-def _weights(entries: Mapping[str, _Entry]) -> list[TensorInfo]:
-    """The weights behind the stored tensors: packed ones get their shape, scales join theirs."""
-    states = {}
-    for name in entries:
-        weight, found, quant_type = name.partition(_STATE_KEY)
-        if found:
-            states[weight] = (quant_type, _state_shape(entries[name], name))
-    weights = []
+def _weights(entries: Mapping[str, _Entry]) -> list[Weight]:
+    """The weights behind the stored tensors: unpacked shapes, and scales joined to theirs."""
+    formats: dict[str, tuple[str, tuple[int, ...]]] = {}
+    scales: dict[str, str] = {}
     for name, entry in entries.items():
-        if _is_scale(name, entries, states):
-            continue
-        shape, quant_type = entry.shape, None
-        if name in states:
-            quant_type, shape = states[name]
-        elif entry.dtype == "I8" and f"{name.removesuffix('.weight')}.SCB" in entries:
-            quant_type = "int8"
-        size = entry.size
-        if quant_type is not None:
-            size += sum(e.size for n, e in entries.items() if _belongs(n, name))
-        weights.append(TensorInfo(name, entry.dtype, shape, size, quant_type))
-    return weights
+        weight, found, quant_type = name.partition(_STATE)
+        if found and weight in entries:
+            formats[weight] = (quant_type, _packed_shape(entries[weight], entry, weight))
+            scales |= {f"{weight}{end}": weight for end in (*_SCALES_4BIT, _STATE + quant_type)}
+        module = name.removesuffix(".weight")
+        if entry.dtype == "I8" and f"{module}.SCB" in entries:
+            formats[name] = ("int8", entry.shape)
+            scales |= {f"{module}{end}": name for end in _SCALES_8BIT}
+    sizes: Counter[str] = Counter()
+    for name, entry in entries.items():
+        sizes[scales.get(name, name)] += entry.size
+    return [
+        Weight(name, entry.dtype, shape, sizes[name], quant_type)
+        for name, entry in entries.items()
+        if name not in scales
+        for quant_type, shape in [formats.get(name, (None, entry.shape))]
+    ]
+
+
+def _packed_shape(packed: _Entry, state: _Entry, name: str) -> tuple[int, ...]:
+    with state.file.open("rb") as stream:
+        stream.seek(state.start)
+        text = stream.read(min(state.size, _MAX_STATE))
+    try:
+        shape = tuple(int(size) for size in json.loads(text)["shape"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(state.file, f"the quant_state of {name} is no valid JSON") from error
+    if packed.size != (math.prod(shape) + 1) // 2:
+        raise _damaged(
+            packed.file, f"{name} has {packed.size} packed bytes for the shape {list(shape)}"
+        )
+    return shape
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, f"no valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise _damaged(path, "no JSON object")
+    return found
+
+
+def _damaged(path: Path, what: str) -> ModelError:
+    return ModelError("damaged-file", where=str(path), what=what, fix="download the file again")

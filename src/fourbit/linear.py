@@ -7,6 +7,9 @@ bits in int32, and the layer survives ``.to(dtype)``, ``state_dict``, pickling a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +57,7 @@ class Linear4bit(nn.Linear):
         self.compute_dtype = compute_dtype
         self.original_dtype = dtype or torch.get_default_dtype()
         self.transposed_source = False
+        self._kept: Tensor | None = None
 
         numel = in_features * out_features
         blocks = -(-numel // self.blocksize)
@@ -145,6 +149,9 @@ class Linear4bit(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``input``."""
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
+        if self._kept is not None and not torch.is_grad_enabled():
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self._kept.to(x.dtype), bias).to(input.dtype)
         y = ops.linear_4bit(
             x,
             self.scales,
@@ -162,6 +169,29 @@ class Linear4bit(nn.Linear):
             f" bias={self.bias is not None}, quant_type={self.quant_type},"
             f" blocksize={self.blocksize}, double_quant={self.double_quant}"
         )
+
+
+@contextmanager
+def keep_dequantized(model: nn.Module, dtype: torch.dtype, *, budget: int) -> Iterator[bool]:
+    """Inside, every 4-bit layer keeps its 16-bit weight, so that generation expands it only once.
+
+    The numbers are the same; memory grows by the 16-bit model, so nothing is kept when that
+    exceeds ``budget`` bytes. Training never uses kept weights.
+
+    Yields:
+        Whether the weights are kept.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    size = sum(layer.in_features * layer.out_features for layer in layers)
+    keep = bool(layers) and size * torch.finfo(dtype).bits // 8 <= budget
+    try:
+        if keep:
+            for layer in layers:
+                layer._kept = layer.dequantize(layer.compute_dtype or dtype)
+        yield keep
+    finally:
+        for layer in layers:
+            layer._kept = None
 
 
 def _frozen(

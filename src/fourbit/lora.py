@@ -74,6 +74,11 @@ def lora_forward(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    lora_A, lora_B, scaling, dropout = adapter
+    if not torch.is_grad_enabled() and dropout == 0:
+        y = base(x)
+        xa = torch.nn.functional.linear(x, lora_A.to(x.dtype))
+        return y + torch.nn.functional.linear(xa, lora_B.to(x.dtype)).mul_(scaling)
     inner = x if base.compute_dtype is None else x.to(base.compute_dtype)
     y = ops.lora_linear_4bit(
         inner,

@@ -237,7 +237,8 @@ def _check_base(receipt: Receipt, config: TrainConfig, stored: Receipt) -> None:
             dtype=devices.resolve_precision(config.precision, device),
             trust_remote_code=config.trust_remote_code,
         )
-        digest = combined_digest(frozen_digests(load_model(source, options)))
+        base = load_model(source, options).requires_grad_(False)
+        digest = combined_digest(frozen_digests(base))
     except (ModelError, FourbitError) as error:
         receipt.findings.append(f"the base was not checked: {error.what}")
         return

@@ -11,7 +11,7 @@ import pytest
 from fourbit.demo import orders
 from fourbit.demo.orders import DAYS, KEYS, NEW_PATTERNS, TRAIN_PATTERNS, OrderData, generate
 
-GOLDEN_SHA256 = ""
+GOLDEN_SHA256 = "2cff3f683e5c73db575963063e21fd60ece51757b3272bfef205e04d5a68505a"
 ORDERED_SLOTS = ("name", "item", "qty", "city", "day")
 SLOTS = set(ORDERED_SLOTS)
 WORDS = r"[A-Za-z]+(?: [A-Za-z]+)?"

@@ -15,8 +15,8 @@ from typing import Literal
 Point = tuple[float, float | None]
 """``(step, value)``; None breaks the line."""
 
-_WIDTH, _HEIGHT = 640, 290
-_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 16, 46
+_WIDTH, _HEIGHT = 640, 298
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 16, 54
 _BUCKETS = 250
 _HUGE, _TINY = 1e100, 1e-30
 _BAR_HEIGHT, _BAR_STEP = 34, 74
@@ -155,7 +155,7 @@ def _axes(frame: _Frame, levels: Sequence[float]) -> str:
         parts.append(f'<text x="{_LEFT - 8}" y="{y + 5:.1f}" text-anchor="end">{label}</text>')
     steps = [t for t in ticks(0.0, frame.x_max, whole=True) if t <= frame.x_max]
     for step in steps:
-        place = f'x="{frame.x(step):.1f}" y="{_HEIGHT - _BOTTOM + 22}"'
+        place = f'x="{frame.x(step):.1f}" y="{_HEIGHT - _BOTTOM + 26}"'
         parts.append(f'<text {place} text-anchor="middle">{step:,.0f}</text>')
     # Under the numbers, where it cannot meet one of them.
     parts.append(
@@ -173,8 +173,11 @@ def _curve(series: Series, frame: _Frame) -> str:
             continue
         path.append(f"{'L' if pen_down else 'M'}{frame.x(step):.1f} {frame.y(value):.1f}")
         pen_down = True
-    # The zero-length stroke at the end shows a curve of one point as a dot.
-    out = f'<path class="curve {series.kind}" d="{"".join(path)}h0"/>'
+    out = f'<path class="curve {series.kind}" d="{"".join(path)}"/>'
+    if len(path) == 1 and series.kind == "line":
+        # A path of one point draws nothing.
+        place = path[0][1:].split()
+        out += f'<circle class="single" cx="{place[0]}" cy="{place[1]}" r="4"/>'
     if series.kind == "dots":
         for step, value in points:
             if value is not None:

@@ -53,6 +53,7 @@ figcaption { margin-bottom: .4rem; font-weight: 600; }
 .faint { stroke-width: 1; opacity: .4; }
 .dots { stroke: var(--dot); stroke-width: 1.2; }
 .dot { fill: var(--dot); }
+.single { fill: var(--curve); }
 .limit { stroke: var(--bad); stroke-dasharray: 7 5; stroke-linecap: butt; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: .3rem 0 0; padding: 0;
   list-style: none; color: var(--soft); font-size: .875rem; }
@@ -73,7 +74,7 @@ tr { break-inside: avoid; }
 .facts td:first-child { width: 18rem; }
 .numbers { max-width: 34rem; }
 .numbers td, .figures dd { font-variant-numeric: tabular-nums; }
-.numbers th + th, .numbers td + td { text-align: right; }
+.numbers th + th, .numbers td + td { text-align: right; white-space: nowrap; }
 .checks td:first-child { width: 5rem; font-weight: 600; }
 .checks td:nth-child(2) { width: 16rem; }
 .samples { table-layout: fixed; }
@@ -99,7 +100,7 @@ details { margin-top: .3rem; }
     padding: .2rem 0; border: 0; }
   .samples td::before { content: attr(data-label); color: var(--soft); font-size: .8125rem;
     font-weight: 600; }
-  caption { display: block; }
+  .samples caption, .checks caption { display: block; }
   .facts td:first-child { width: 45%; }
 }
 @media print {
