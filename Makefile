@@ -26,7 +26,8 @@ check: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/banking77.py $(BENCH_ARGS)
+	@test -n "$(DATA_DIR)" || { echo "make bench DATA_DIR=folder (see benchmarks/banking77.py)"; exit 2; }
+	$(BIN)/python benchmarks/banking77.py --data-dir $(DATA_DIR)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -16,8 +16,8 @@ import torch
 from huggingface_hub import constants
 
 from fourbit.device import Machine, default_device, machine, resolve_precision
+from fourbit.files import human_bytes
 from fourbit.loading import ALIASES
-from fourbit.training.progress import human_bytes
 
 Level = Literal["ok", "note", "warning"]
 

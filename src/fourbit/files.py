@@ -115,3 +115,13 @@ def _finite(obj: Any) -> tuple[Any, bool]:
         entries = [_finite(entry) for entry in obj]
         return [entry for entry, _ in entries], any(c for _, c in entries)
     return obj, False
+
+
+def human_bytes(count: float | None) -> str:
+    """``1.23 GB`` (decimal, as memory is sold)."""
+    if count is None:
+        return "unknown"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

@@ -21,7 +21,7 @@ from typing import Any
 
 from fourbit.errors import EnvironmentFault, FourbitError, InputError, LockHeld, one_line
 from fourbit.files import disk_fault, replace_file, sync_folder, valid_json
-from fourbit.redaction import redact
+from fourbit.settings.redaction import redact
 
 try:
     import fcntl

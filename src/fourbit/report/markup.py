@@ -9,8 +9,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fourbit.files import human_bytes
 from fourbit.report.charts import finite
-from fourbit.training.progress import human_bytes
 
 _SHORT = 280
 LONGEST = 20_000

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from fourbit.files import replace_file
+from fourbit.files import human_bytes, replace_file
 from fourbit.report.charts import Bar, Series, finite, line_chart, stacked_bars
 from fourbit.report.content import (
     ReportContent,
@@ -36,7 +36,6 @@ from fourbit.report.markup import (
     value_text,
 )
 from fourbit.report.style import CSS
-from fourbit.training.progress import human_bytes
 
 _PARTS = {
     "weights": "weights",

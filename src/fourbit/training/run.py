@@ -17,6 +17,7 @@ from fourbit import __version__, checkpoint, planner
 from fourbit import device as devices
 from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
 from fourbit.errors import EnvironmentFault, FourbitError, InputError
+from fourbit.files import human_bytes
 from fourbit.generate import Generator, Sampling
 from fourbit.integrations.transformers import enable_checkpointing
 from fourbit.linear import parameter_counts
@@ -46,7 +47,7 @@ from fourbit.training.card import model_card
 from fourbit.training.config import TrainConfig
 from fourbit.training.loop import LoopState, StepResult, TrainLoop
 from fourbit.training.objective import Objective
-from fourbit.training.progress import Reporter, human_bytes
+from fourbit.training.progress import Reporter
 from fourbit.training.signals import SignalGuard
 from fourbit.training.tracking import Tracker, require_tracker
 

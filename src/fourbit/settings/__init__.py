@@ -18,11 +18,19 @@ from typing import Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
-from fourbit.accepts import Accepts, accepts, all_keys, default_of, locate, plain_text, wanted_at
 from fourbit.errors import InputError
-from fourbit.redaction import HIDDEN, is_secret_key
-from fourbit.redaction import redact as redact
-from fourbit.shaping import (
+from fourbit.settings.accepts import (
+    Accepts,
+    accepts,
+    all_keys,
+    default_of,
+    locate,
+    plain_text,
+    wanted_at,
+)
+from fourbit.settings.redaction import HIDDEN, is_secret_key
+from fourbit.settings.redaction import redact as redact
+from fourbit.settings.shaping import (
     DEFAULT,
     FALSE_WORDS,
     NONE_WORDS,
@@ -32,7 +40,7 @@ from fourbit.shaping import (
     model_or_none,
     unknown_key,
 )
-from fourbit.yamltree import Entries, Node, Scalar, YamlReader, read_text
+from fourbit.settings.yamltree import Entries, Node, Scalar, YamlReader, read_text
 
 COMMAND_LINE = "command line"
 _PLAIN_TEXT = re.compile(r"[A-Za-z_./][A-Za-z0-9_./-]*")

@@ -14,7 +14,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fourbit.yamltree import KeyPath
+from fourbit.settings.yamltree import KeyPath
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fourbit.accepts import Accepts, accepts, all_keys, default_of, plain_text
 from fourbit.errors import InputError, nearest
-from fourbit.redaction import HIDDEN, is_secret_key, redact
-from fourbit.yamltree import Entries, Items, KeyPath, Node, Scalar, dotted
+from fourbit.settings.accepts import Accepts, accepts, all_keys, default_of, plain_text
+from fourbit.settings.redaction import HIDDEN, is_secret_key, redact
+from fourbit.settings.yamltree import Entries, Items, KeyPath, Node, Scalar, dotted
 
 DEFAULT = "default"
 TRUE_WORDS = frozenset({"true", "yes", "on"})
