@@ -1,11 +1,46 @@
-"""Fixtures shared by all tests: tiny model folders, each written once a session."""
+"""Fixtures shared by all tests: seed, devices, poisoned memory, tiny model folders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device at hand, so that the suite tests a GPU's kernels where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory from ``torch.empty`` starts as NaN or 0xAA, so an element left unwritten shows."""
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            out = allocate(*args, **kwargs)
+            if type(out) is not Tensor or out.is_meta:
+                return out
+            if out.is_floating_point():
+                return out.fill_(float("nan"))
+            return out.fill_(0xAA) if out.dtype == torch.uint8 else out
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(scope="session")

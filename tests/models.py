@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from fourbit.data import Batch
 from fourbit.data.templates import BUILT_IN
 from fourbit.linear import Linear4bit
+from fourbit.training.config import TrainConfig
+from fourbit.training.run import TrainResult, train
 
 VOCAB = 264
 
@@ -79,6 +81,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 TIED = {"llama", "gemma2", "gemma3_text", "gpt2", "opt", "cohere", "falcon", "bloom"}
+"""Whose head is the embedding."""
+
 PACKABLE = (
     "llama",
     "qwen2",
@@ -93,7 +97,10 @@ PACKABLE = (
     "cohere",
     "granite",
 )
-UNPACKABLE = ("opt", "bloom", "mamba")
+"""Keep packed documents apart, which the isolation probe proves."""
+
+UNPACKABLE = ("opt", "falcon", "bloom")
+"""Build their mask, or their positions, from something else than ``position_ids``."""
 
 
 def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
@@ -170,6 +177,23 @@ def write_chats(path: Path, count: int = 8) -> Path:
     return path
 
 
+def train_tiny(
+    model: Path, data: Path, output: Path, **changes: Any
+) -> tuple[TrainResult, TrainConfig]:
+    """Two steps through the public entry."""
+    values: dict[str, Any] = {
+        "max_steps": 2,
+        "batch_size": 2,
+        "grad_accum": 1,
+        "lora": {"r": 4},
+        "samples": 0,
+        **changes,
+    }
+    rows = {"train": str(data), "eval": 0, "max_length": 64, **values.pop("data", {})}
+    config = TrainConfig(model=str(model), output=str(output), data=rows, **values)
+    return train(config), config
+
+
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that multiplies by a weight, quantized or not."""
     return {
@@ -208,10 +232,10 @@ def make_batch(rows: list[list[list[int]]], *, pad_id: int = 0) -> Batch:
     return Batch(ids, positions, labels, int((labels != -100).sum()), rows=[])
 
 
-def documents(count: int, *, seed: int = 0, shortest: int = 5, longest: int = 14) -> list[list[int]]:
+def documents(count: int, *, seed: int = 0) -> list[list[int]]:
     """Random documents of different lengths."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = torch.randint(shortest, longest + 1, (count,), generator=generator).tolist()
+    sizes = torch.randint(5, 15, (count,), generator=generator).tolist()
     return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in sizes]
 
 

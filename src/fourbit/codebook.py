@@ -53,6 +53,10 @@ _ASCENDING_CODES: dict[str, tuple[int, ...]] = {
 _VALUES: dict[str, tuple[float, ...]] = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
 
 
+# Tables are computed on the CPU by name: under ``with torch.device("meta")`` the default device
+# would leave an empty table in the cache for good.
+
+
 @lru_cache(maxsize=64)
 def code(quant_type: str, device: torch.device) -> Tensor:
     """The 16 values by code, float32 ``[16]``."""
@@ -68,16 +72,16 @@ def ascending_codes(quant_type: str, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)
 def thresholds(quant_type: str, device: torch.device) -> Tensor:
     """The 15 float32 midpoints between neighbouring values; above a threshold goes up."""
-    order = torch.tensor(_ASCENDING_CODES[quant_type])
-    values = torch.tensor(_VALUES[quant_type], dtype=torch.float32)[order]
+    order = torch.tensor(_ASCENDING_CODES[quant_type], device="cpu")
+    values = torch.tensor(_VALUES[quant_type], dtype=torch.float32, device="cpu")[order]
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
 @lru_cache(maxsize=64)
 def byte_pairs(quant_type: str, device: torch.device) -> Tensor:
     """Both values of every packed byte, float32 ``[256, 2]``: high nibble first."""
-    byte = torch.arange(256)
-    values = torch.tensor(_VALUES[quant_type], dtype=torch.float32)
+    byte = torch.arange(256, device="cpu")
+    values = torch.tensor(_VALUES[quant_type], dtype=torch.float32, device="cpu")
     return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).contiguous().to(device)
 
 
@@ -90,7 +94,7 @@ def signed_dynamic_map(device: torch.device) -> Tensor:
     """
     values: list[float] = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         positive = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += positive.tolist() + (-positive).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)

@@ -148,6 +148,7 @@ class Linear4bit(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``input``."""
+        input = autocast_input(input)
         x = input if self.compute_dtype is None else input.to(self.compute_dtype)
         if self._kept is not None and not torch.is_grad_enabled():
             bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -171,6 +172,13 @@ class Linear4bit(nn.Linear):
         )
 
 
+def autocast_input(x: Tensor) -> Tensor:
+    """``x`` in autocast's dtype where autocast is on, as ``nn.Linear`` would take it."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 @contextmanager
 def keep_dequantized(model: nn.Module, dtype: torch.dtype, *, budget: int) -> Iterator[bool]:
     """Inside, every 4-bit layer keeps its 16-bit weight, so that generation expands it only once.
@@ -182,8 +190,11 @@ def keep_dequantized(model: nn.Module, dtype: torch.dtype, *, budget: int) -> It
         Whether the weights are kept.
     """
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    size = sum(layer.in_features * layer.out_features for layer in layers)
-    keep = bool(layers) and size * torch.finfo(dtype).bits // 8 <= budget
+    size = sum(
+        layer.in_features * layer.out_features * (layer.compute_dtype or dtype).itemsize
+        for layer in layers
+    )
+    keep = bool(layers) and size <= budget
     try:
         if keep:
             for layer in layers:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from fourbit import ops
 from fourbit.errors import InputError, nearest
-from fourbit.linear import Linear4bit
+from fourbit.linear import Linear4bit, autocast_input
 from fourbit.settings import Settings
 
 _MATCH_SECONDS = 5.0
@@ -55,6 +55,18 @@ class LoraSettings(Settings):
         default=True, description="true: A random, B zero; gaussian: A normal, B zero"
     )
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _legal_pattern(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, number in value.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no valid regular expression ({error})") from None
+            if number <= 0:
+                raise ValueError(f"{number} for '{pattern}' is not above 0")
+        return value
+
 
 def lora_forward(
     base: Linear4bit, x: Tensor, adapter: tuple[Tensor, Tensor, float, float]
@@ -72,8 +84,7 @@ def lora_forward(
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = autocast_input(x)
     lora_A, lora_B, scaling, dropout = adapter
     if not torch.is_grad_enabled() and dropout == 0:
         y = base(x)
@@ -113,11 +124,14 @@ def resolve_targets(
     if not matched:
         endings = {name.rsplit(".", 1)[-1] for name in shapes}
         asked = wanted if isinstance(wanted, str) else ", ".join(wanted)
+        is_ending = isinstance(wanted, str) and any(_ends(name, wanted) for name in shapes)
         raise InputError(
             "no-target-modules",
             where="lora.target_modules",
             what=f"'{asked}' matches no linear layer of this model",
-            fix=nearest(asked.split(",")[0], endings),
+            fix=f"write it as a list: [{wanted}]"
+            if is_ending
+            else nearest(asked.split(",")[0], endings),
         )
     if head is not None and head in matched:
         raise InputError(

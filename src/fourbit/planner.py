@@ -19,9 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fourbit import device as devices
-from fourbit.integrations.peft import add_adapter
+from fourbit.errors import InputError
+from fourbit.integrations.peft import add_adapter, base_model
 from fourbit.integrations.transformers import (
     disable_checkpointing,
+    enable_checkpointing,
     quantize_model,
 )
 from fourbit.linear import Linear4bit, parameter_counts
@@ -162,8 +164,20 @@ def _skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
         base.requires_grad_(False)
         if shape.method == "qlora":
             quantize_model(base, shape.quant)
-        model = add_adapter(base, shape.lora, low_cpu_mem_usage=True)
+        model = _adapted(base, shape.lora)
     return model.train()
+
+
+def _adapted(base: PreTrainedModel, lora: LoraSettings) -> nn.Module:
+    try:
+        return add_adapter(base, lora, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise InputError(
+            "adapter-refused",
+            where="lora.target_modules",
+            what=f"PEFT refuses these layers: {error}",
+            fix="name other layers in lora.target_modules, or leave some out with exclude_modules",
+        ) from error
 
 
 def _pretend(model: nn.Module) -> None:
@@ -193,11 +207,9 @@ def _bytes(tensor: Tensor) -> int:
 
 def _activations(model: nn.Module, shape: TrainingShape, *, recompute: bool) -> int:
     """Bytes autograd keeps between forward and backward, up to the head's input."""
-    from fourbit.training.objective import base_model
-
     inner = base_model(model)
     if recompute:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_checkpointing(inner)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     ids = torch.zeros((shape.batch_size, shape.length), dtype=torch.long)
     autocast = shape.dtype != torch.float32 and shape.method != "qlora"

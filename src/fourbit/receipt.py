@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fourbit.errors import VerificationFailed
+from fourbit.errors import InputError, VerificationFailed
 from fourbit.integrations.peft import lora_layers, saved_modules
 from fourbit.linear import parameter_counts
 
@@ -78,6 +78,29 @@ class Receipt:
                 what="; ".join(f"{c.name}: {c.detail}" for c in failed) or "nothing was checked",
                 fix="see `fourbit doctor` and the receipt; do not use this adapter",
             )
+
+
+def read_receipt(path: Path) -> Receipt:
+    """A receipt as it was written.
+
+    Raises:
+        InputError: missing or unreadable.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        checks = [Check(c["name"], c["ok"], c["detail"]) for c in values["checks"]]
+        findings = list(values["findings"])
+    except FileNotFoundError as error:
+        raise InputError(
+            "no-receipt",
+            where=str(path),
+            what="no receipt: the run has not ended",
+            fix="finish it with --resume auto",
+        ) from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError("bad-receipt", where=str(path), what=f"unreadable ({error})") from error
+    facts = {k: v for k, v in values.items() if k not in ("ok", "checks", "findings")}
+    return Receipt(checks, findings, facts)
 
 
 def tensor_digest(tensor: Tensor) -> str:

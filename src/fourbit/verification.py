@@ -14,34 +14,11 @@ from fourbit import checkpoint, files
 from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.loading import LoadOptions, load_model, resolve_source
-from fourbit.receipt import Check, Receipt, combined_digest, frozen_digests
+from fourbit.receipt import Receipt, combined_digest, frozen_digests, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
 from fourbit.training.adapter import ADAPTER_FILE, SAVE_DTYPES
 from fourbit.training.config import TrainConfig
-
-
-def read_receipt(path: Path) -> Receipt:
-    """A receipt as it was written.
-
-    Raises:
-        InputError: missing or unreadable.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        checks = [Check(c["name"], c["ok"], c["detail"]) for c in values["checks"]]
-        findings = list(values["findings"])
-    except FileNotFoundError as error:
-        raise InputError(
-            "no-receipt",
-            where=str(path),
-            what="no receipt: the run has not ended",
-            fix="finish it with --resume auto",
-        ) from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError("bad-receipt", where=str(path), what=f"unreadable ({error})") from error
-    facts = {k: v for k, v in values.items() if k not in ("ok", "checks", "findings")}
-    return Receipt(checks, findings, facts)
 
 
 def verify_run(path: Path, *, base: bool = True) -> Receipt:

@@ -172,6 +172,13 @@ def add_adapter(
     return wrapped
 
 
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Every layer with an adapter, by its name without PEFT's prefix."""
     return {

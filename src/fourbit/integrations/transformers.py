@@ -25,6 +25,8 @@ from fourbit.quantize import QuantConfig
 
 _METHOD = "fourbit"
 _MARK = "_fourbit_hook"
+_PLAIN_LINEARS = ("Linear", "FalconLinear")
+"""Classes whose forward is exactly ``x @ W.T + b``; other subclasses do more than that."""
 _LATER = (
     "load_in_8bit",
     "llm_int8_threshold",
@@ -248,11 +250,18 @@ def replace_linears(
 
     Returns:
         The names of the replaced layers.
+
+    Raises:
+        ModelError: there is none, so the model would be called 4-bit and be nothing of it.
     """
     replaced = []
+    kernel_weights = _kernel_weights(model)
     for name, module in list(model.named_modules()):
         conv1d = isinstance(module, Conv1D)
-        if not (conv1d or type(module) is nn.Linear) or not should_convert_module(name, skip):
+        plain = conv1d or (
+            isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_LINEARS
+        )
+        if not plain or name in kernel_weights or not should_convert_module(name, skip):
             continue
         if conv1d:
             module = _as_linear(module)
@@ -260,7 +269,24 @@ def replace_linears(
         layer.transposed_source = conv1d
         model.set_submodule(name, layer)
         replaced.append(name)
+    if not replaced:
+        raise ModelError(
+            "nothing-to-quantize",
+            where=type(model).__name__,
+            what="the architecture has no linear layer that can be held in 4 bits",
+            fix="load it without quantization (method: lora)",
+        )
     return replaced
+
+
+def _kernel_weights(model: nn.Module) -> set[str]:
+    """Layers whose weight is read past their forward: state-space mixers feed it to kernels."""
+    return {
+        f"{prefix}.{child}"
+        for prefix, module in model.named_modules()
+        if hasattr(module, "A_log")
+        for child in ("dt_proj", "x_proj", "out_proj")
+    }
 
 
 def _as_linear(conv: Conv1D) -> nn.Linear:

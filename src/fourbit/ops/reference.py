@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from fourbit import codebook
-from fourbit.ops.schema import default_kernel, dropout_mask
+from fourbit.ops.schema import default_kernel
 
 _TINY = 1e-38  # keeps 1/absmax finite for an all-zero block
 _CHUNK = 1 << 20  # weights handled at once: fp32 temporaries stay inside the last-level cache
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    # The ops answer in the dtype of x; backward, which runs outside autocast, relies on it.
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _float_bits(scales: Tensor) -> Tensor:
@@ -114,6 +119,15 @@ def dequantize_4bit(
     return out
 
 
+@default_kernel("dropout_mask")
+def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    """Zero with probability ``dropout``, else ``1 / (1 - dropout)``; contiguous, like ``x``."""
+    generator = torch.Generator(device=x.device)
+    generator.manual_seed(int(seed.item()))
+    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+
+
 @default_kernel("linear_4bit")
 def linear_4bit(
     x: Tensor,
@@ -137,7 +151,8 @@ def linear_4bit(
         [out_features, x.shape[-1]],
         x.dtype,
     )
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    with _no_autocast(x):
+        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 @default_kernel("lora_linear_4bit")
@@ -170,7 +185,8 @@ def lora_linear_4bit(
     )
     flat_x = x.reshape(-1, x.shape[-1])
     if seed is not None and dropout > 0:
-        flat_x = flat_x * dropout_mask(flat_x, seed=seed, dropout=dropout)
-    xa = flat_x @ lora_A.to(x.dtype).t()
-    y.view(-1, y.shape[-1]).addmm_(xa, lora_B.to(x.dtype).t(), alpha=scaling)
+        flat_x = flat_x * dropout_mask(flat_x, seed, dropout)
+    with _no_autocast(x):
+        xa = flat_x @ lora_A.to(x.dtype).t()
+        y.view(-1, y.shape[-1]).addmm_(xa, lora_B.to(x.dtype).t(), alpha=scaling)
     return y, xa.view(*x.shape[:-1], xa.shape[-1])

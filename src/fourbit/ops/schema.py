@@ -30,6 +30,7 @@ LIBRARY.define(f"dequantize_4bit({_SCALES}, {_FORMAT}, SymInt[] shape, ScalarTyp
 LIBRARY.define(
     f"linear_4bit(Tensor x, {_SCALES}, Tensor? bias, {_FORMAT}, SymInt out_features) -> Tensor"
 )
+LIBRARY.define("dropout_mask(Tensor x, Tensor seed, float dropout) -> Tensor")
 LIBRARY.define(
     f"lora_linear_4bit(Tensor x, {_SCALES}, Tensor? bias, Tensor lora_A, Tensor lora_B,"
     f" Tensor? seed, {_FORMAT}, float scaling, float dropout) -> (Tensor, Tensor)"
@@ -51,12 +52,10 @@ def default_kernel(name: str) -> Callable[[_Fn], _Fn]:
 def dropout_mask(x: Tensor, *, seed: Tensor, dropout: float) -> Tensor:
     """The keep-mask of LoRA dropout, already divided by ``1 - dropout``; same shape as ``x``.
 
-    A function of ``seed`` alone, so that backward draws it again instead of saving it.
+    A function of ``seed`` alone, so that backward draws it again instead of saving it. An op of
+    its own, because a compiler that traces backward cannot read the value of ``seed``.
     """
-    generator = torch.Generator(device=x.device)
-    generator.manual_seed(int(seed.item()))
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+    return torch.ops.fourbit.dropout_mask(x, seed, dropout)
 
 
 @torch.library.register_fake("fourbit::quantize_4bit", lib=LIBRARY)
@@ -86,6 +85,11 @@ def _(
 ) -> Tensor:
     torch._check(packed.dtype == torch.uint8, lambda: "packed weights are uint8")
     return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+@torch.library.register_fake("fourbit::dropout_mask", lib=LIBRARY)
+def _(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("fourbit::linear_4bit", lib=LIBRARY)

@@ -7,13 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fourbit.data import Batch
 from fourbit.errors import InputError
-from fourbit.integrations.peft import head_weight
+from fourbit.integrations.peft import base_model, head_weight
 from fourbit.loss import (
     LogitTransform,
     linear_cross_entropy,
@@ -144,13 +143,6 @@ class Objective:
         self.model.train(training)
         if not torch.equal(outputs[0], outputs[1]):
             raise leak
-
-
-def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(inner, PreTrainedModel)
-    return inner
 
 
 def _logit_transform(config: PretrainedConfig) -> LogitTransform:

@@ -31,7 +31,7 @@ from fourbit.loading import (
     unquantized_tensors,
 )
 from fourbit.optim import build_optimizer
-from fourbit.receipt import Receipt, Watch
+from fourbit.receipt import Receipt, Watch, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import Resolved, dump_settings
 from fourbit.training import reporting
@@ -617,8 +617,6 @@ class _Run:
 
     def stored_receipt(self) -> Receipt:
         """The receipt of a finished run, as it was written."""
-        from fourbit.verification import read_receipt
-
         return read_receipt(self.folder.receipt_path)
 
     def result(self, receipt: Receipt | None, *, dry_run: bool = False) -> TrainResult:
