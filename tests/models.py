@@ -178,7 +178,7 @@ def write_chats(path: Path, count: int = 8) -> Path:
 
 
 def train_tiny(
-    model: Path, data: Path, output: Path, **changes: Any
+    model: Path, chats: Path, output: Path, **changes: Any
 ) -> tuple[TrainResult, TrainConfig]:
     """Two steps through the public entry."""
     values: dict[str, Any] = {
@@ -189,7 +189,7 @@ def train_tiny(
         "samples": 0,
         **changes,
     }
-    rows = {"train": str(data), "eval": 0, "max_length": 64, **values.pop("data", {})}
+    rows = {"train": str(chats), "eval": 0, "max_length": 64, **values.pop("data", {})}
     config = TrainConfig(model=str(model), output=str(output), data=rows, **values)
     return train(config), config
 
