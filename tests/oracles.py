@@ -13,10 +13,24 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-NF4_BITS = (
-    "bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000"
-    " 3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000"
-).split()
+NF4_BITS = [
+    "bf800000",
+    "bf3239b1",
+    "bf066b30",
+    "beca32a0",
+    "be91a24d",
+    "be3d353f",
+    "bdba7871",
+    "00000000",
+    "3da2faff",
+    "3e24cae3",
+    "3e7c04dd",
+    "3ead033a",
+    "3ee1a4b8",
+    "3f1007ab",
+    "3f3913b3",
+    "3f800000",
+]
 
 SMALLEST_SCALE = np.float32(1e-38)
 """Blocks whose largest magnitude is below this count as zero: their reciprocal would overflow."""

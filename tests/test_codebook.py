@@ -6,10 +6,10 @@ import math
 from statistics import NormalDist
 
 import numpy as np
-import oracles
 import pytest
 import torch
 
+import oracles
 from fourbit import codebook
 
 CUDA_NF4_THRESHOLDS = (

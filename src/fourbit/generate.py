@@ -18,7 +18,7 @@ from fourbit.errors import InputError, ModelError
 from fourbit.linear import keep_dequantized
 from fourbit.loading import LoadOptions, load_model, load_tokenizer, resolve_source
 from fourbit.quantize import QuantConfig
-from fourbit.receipt import combined_digest, frozen_digests
+from fourbit.receipt import packed_digest
 
 _BATCH_TOKENS = 16384
 """Positions (prompt and new) of one batch: bounds the KV cache."""
@@ -260,11 +260,10 @@ def _require_same_base(model: nn.Module, folder: Path, name: str) -> None:
     if not receipt.is_file():
         return
     try:
-        wanted = json.loads(receipt.read_text(encoding="utf-8")).get("base_sha256")
+        wanted = json.loads(receipt.read_text(encoding="utf-8")).get("packed_sha256")
     except (OSError, ValueError):
         return  # a damaged receipt is `verify`'s business
-    model.requires_grad_(False)
-    if wanted is not None and combined_digest(frozen_digests(model)) != wanted:
+    if wanted is not None and packed_digest(model) != wanted:
         raise ModelError(
             "other-base",
             where=str(folder),

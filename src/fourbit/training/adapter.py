@@ -16,33 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourbit import files
-from fourbit.errors import InputError, ModelError, VerificationFailed
-from fourbit.integrations.peft import add_adapter, linear_shapes, lora_layers
-from fourbit.lora import LoraSettings, expected_trainable, resolve_targets
+from fourbit.errors import ModelError, VerificationFailed
+from fourbit.integrations.peft import add_adapter, lora_layers, planned_targets
+from fourbit.lora import LoraSettings
 
 ADAPTER_FILE = "adapter_model.safetensors"
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def head_name(model: PreTrainedModel) -> str | None:
-    """The output projection's module name."""
-    head = model.get_output_embeddings()
-    return next((name for name, module in model.named_modules() if module is head), None)
-
-
-def planned_targets(model: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, int]]:
-    """Which layers will carry an adapter, with their shapes; see `resolve_targets`."""
-    if settings.modules_to_save:
-        names = [name for name, _ in model.named_modules()]
-        for wanted in settings.modules_to_save:
-            if not any(n == wanted or n.endswith("." + wanted) for n in names):
-                raise InputError(
-                    "no-such-module",
-                    where="lora.modules_to_save",
-                    what=f"'{wanted}' is no module of this model",
-                    fix="known: " + ", ".join(sorted({n.rsplit(".", 1)[-1] for n in names})[:20]),
-                )
-    return resolve_targets(linear_shapes(model), settings, head=head_name(model))
 
 
 def inject(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base: str) -> PeftModel:
@@ -70,11 +49,6 @@ def inject(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base: s
             what=f"{len(missing)} of {len(targets)} targets took no adapter, first: {missing[0]}",
         )
     return wrapped
-
-
-def trainable_by_formula(model: PreTrainedModel, settings: LoraSettings) -> int:
-    """Adapter parameters from r and the target shapes, before anything is injected."""
-    return expected_trainable(planned_targets(model, settings), settings)
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:

@@ -211,8 +211,20 @@ class _Run:
         trust = self.config.trust_remote_code
         self.model_config = load_config(self.source, trust_remote_code=trust)
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust)
+        self._cap_length()
         self._tokenize(rows)
         self._plan(device)
+
+    def _cap_length(self) -> None:
+        """A default length above the model's context is no wish: it becomes the context."""
+        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        asked = self.origins.get("data.max_length", "default") != "default"
+        if asked or not context or self.config.data.max_length <= context:
+            return
+        data = self.config.data.model_copy(update={"max_length": context})
+        self.config = self.config.model_copy(update={"data": data})
+        self.origins["data.max_length"] = "the model's context"
+        self.say.line(f"data.max_length: {context}, the model's context")
 
     def _tokenize(self, rows: Rows) -> None:
         text_config = self.model_config.get_text_config()
