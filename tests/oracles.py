@@ -13,24 +13,10 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 QUANT_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-NF4_BITS = [
-    "bf800000",
-    "bf3239b1",
-    "bf066b30",
-    "beca32a0",
-    "be91a24d",
-    "be3d353f",
-    "bdba7871",
-    "00000000",
-    "3da2faff",
-    "3e24cae3",
-    "3e7c04dd",
-    "3ead033a",
-    "3ee1a4b8",
-    "3f1007ab",
-    "3f3913b3",
-    "3f800000",
-]
+NF4_BITS = """
+bf800000 bf3239b1 bf066b30 beca32a0 be91a24d be3d353f bdba7871 00000000
+3da2faff 3e24cae3 3e7c04dd 3ead033a 3ee1a4b8 3f1007ab 3f3913b3 3f800000
+"""
 
 SMALLEST_SCALE = np.float32(1e-38)
 """Blocks whose largest magnitude is below this count as zero: their reciprocal would overflow."""
@@ -42,11 +28,13 @@ HALF_ULP = 2.0**-24
 def table(quant_type: str) -> np.ndarray:
     """The 16 float32 values by code, from bit patterns instead of decimals."""
     if quant_type == "nf4":
-        return np.array([struct.unpack(">f", bytes.fromhex(h))[0] for h in NF4_BITS], np.float32)
+        return np.array(
+            [struct.unpack(">f", bytes.fromhex(h))[0] for h in NF4_BITS.split()], np.float32
+        )
     values = []
     for code in range(16):
         exponent, mantissa = code >> 1 & 3, code & 1
-        # s|ee|m: exponents 1, 2, 3 mean 4, 2, 8 twelfths... FORMATS lists the eight magnitudes.
+        # Not E2M1: the exponents stand for 8, 4 and 2 twelfths, the subnormal for a sixteenth.
         magnitude = {
             (0, 0): 0.0,
             (0, 1): 0.0625,

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fourbit
-from fourbit.errors import EnvironmentFault, FourbitError, InputError, ModelError
+from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.loading import (
     LoadOptions,
     check_safetensors,
@@ -28,7 +29,6 @@ from fourbit.loading import (
 from fourbit.quantize import QuantConfig
 from models import (
     VOCAB,
-    tiny_config,
     tiny_model,
     tiny_tokenizer,
     train_tiny,
@@ -97,7 +97,19 @@ def test_a_file_that_is_no_gguf(tmp_path):
     assert "folder" in error.fix
 
 
-def test_an_unknown_hub_id_offline_is_the_environments_fault(tmp_path):
+def test_an_unknown_hub_id_offline_is_the_environments_fault(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    error = refusal("nobody-at-all/no-such-model")
+    assert (error.code, error.exit_code) == ("hub-unreachable", 4)
+    assert error.where == "nobody-at-all/no-such-model"
+    assert "offline" in error.fix
+
+
+@pytest.mark.slow
+def test_the_offline_variable_is_honoured(tmp_path):
     program = (
         "import sys, fourbit\n"
         "try:\n    fourbit.load('nobody-at-all/no-such-model')\n"
@@ -111,10 +123,6 @@ def test_an_unknown_hub_id_offline_is_the_environments_fault(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "4 hub-unreachable nobody-at-all/no-such-model"
-
-
-def test_the_hub_error_is_an_environment_fault():
-    assert EnvironmentFault.exit_code == 4
 
 
 def test_an_unknown_owner_below_an_existing_folder_is_a_path(tmp_path, monkeypatch):
@@ -205,10 +213,8 @@ def test_code_of_the_tokenizer_is_not_run_either(folder):
     values["auto_map"] = {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}
     path.write_text(json.dumps(values))
     (folder / "tokenization_x.py").write_text("raise SystemExit(77)\n")
-    try:
+    with suppress(ModelError):
         load_tokenizer(resolve_source(str(folder)))
-    except FourbitError as error:
-        assert error.exit_code == 3
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])
@@ -294,7 +300,7 @@ def test_a_garbage_header_is_one_line(folder, header):
     error = refusal(folder)
     assert error.exit_code == 3
     assert error.code in ("damaged-file", "load-failed", "missing-weights")
-    assert "None" not in error.what
+    assert "object has no attribute" not in error.what
 
 
 @pytest.mark.parametrize("length", [2**64 - 1, 2**63, 100 << 20, 1 << 40])
@@ -315,10 +321,8 @@ def test_random_damage_never_shows_a_traceback(folder):
         for place in torch.randint(0, 8 + header, (3,), generator=generator).tolist():
             damaged[place] ^= 1 << (place % 7)
         path.write_bytes(damaged)
-        try:
+        with suppress(ModelError):
             load_model(resolve_source(str(folder)), LoadOptions(quant=QUANT, dtype=torch.float32))
-        except FourbitError as error:
-            assert error.exit_code == 3
 
 
 def test_missing_tensors_are_named(folder):
@@ -476,7 +480,3 @@ def test_a_model_without_any_linear_layer_is_not_called_4_bit():
     model.model.layers = torch.nn.ModuleList()
     with pytest.raises(ModelError, match="nothing-to-quantize"):
         fourbit.quantize_model(model, QUANT)
-
-
-def test_the_tiny_configuration_is_causal():
-    assert tiny_config("llama").architectures is None

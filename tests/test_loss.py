@@ -48,9 +48,8 @@ def case(device: torch.device, masked: float = 0.4) -> tuple[Tensor, Tensor, Ten
 def reference(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, how: LogitTransform
 ) -> Tensor:
-    logits = hidden @ weight.t() * how.scale if bias is None else None
-    if logits is None:
-        logits = (hidden @ weight.t() + bias) * how.scale
+    raw = hidden @ weight.t() if bias is None else hidden @ weight.t() + bias
+    logits = raw * how.scale
     if how.softcap is not None:
         logits = how.softcap * torch.tanh(logits / how.softcap)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
@@ -74,9 +73,9 @@ def test_value_and_gradients(
 ) -> None:
     monkeypatch.setattr(loss, "_CHUNK_BYTES", rows * 4 * VOCAB)
     hidden, weight, bias, labels = case(device, MASKS[masked])
-    inputs = [
-        t.requires_grad_() for t in ((hidden, weight, bias) if with_bias else (hidden, weight))
-    ]
+    inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
+    for tensor in inputs:
+        tensor.requires_grad_()
     own_bias = bias if with_bias else None
     ours = linear_cross_entropy(hidden, weight, labels, bias=own_bias, transform=TRANSFORMS[how])
     truth = reference(hidden, weight, own_bias, labels, TRANSFORMS[how])

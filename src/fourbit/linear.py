@@ -174,7 +174,7 @@ class Linear4bit(nn.Linear):
 
 def autocast_input(x: Tensor) -> Tensor:
     """``x`` in autocast's dtype where autocast is on, as ``nn.Linear`` would take it."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 

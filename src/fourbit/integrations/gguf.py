@@ -61,7 +61,7 @@ def read(path: Path) -> gguf.GGUFReader:
     """
     try:
         return gguf.GGUFReader(str(path))
-    except (ValueError, OSError, IndexError, KeyError) as error:
+    except (ValueError, OSError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
         raise ModelError(
             "bad-gguf",
             where=str(path),

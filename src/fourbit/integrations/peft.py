@@ -183,12 +183,25 @@ def add_adapter(
         low_cpu_mem_usage: make the adapter on meta (for planning).
 
     Raises:
-        InputError: targets that match nothing, or ranks above a layer's dimensions.
+        InputError: targets that match nothing or no linear layer, or ranks above a layer's
+            dimensions.
     """
     planned_targets(model, settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on settings that we choose ourselves
-        wrapped = get_peft_model(model, lora_config(settings), low_cpu_mem_usage=low_cpu_mem_usage)
+        try:
+            wrapped = get_peft_model(
+                model, lora_config(settings), low_cpu_mem_usage=low_cpu_mem_usage
+            )
+        except ValueError as error:
+            if not str(error).startswith("Target module "):
+                raise
+            raise InputError(
+                "target-not-linear",
+                where="lora.target_modules",
+                what=f"'{settings.target_modules}' also matches modules that are no linear layers",
+                fix="match whole layer names only, e.g. .*_proj",
+            ) from error
     assert isinstance(wrapped, PeftModel)
     for parameter in wrapped.parameters():
         # modules_to_save are copied in the base's dtype
@@ -224,8 +237,9 @@ def saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of an output projection; None when it is not a plain linear layer."""
-    if isinstance(head, ModulesToSaveWrapper) and not head.disable_adapters:
-        active = [name for name in head.active_adapters if name in head.modules_to_save]
+    if isinstance(head, ModulesToSaveWrapper):
+        names = [] if head.disable_adapters else head.active_adapters
+        active = [name for name in names if name in head.modules_to_save]
         head = head.modules_to_save[active[0]] if active else head.original_module
     if type(head) is not nn.Linear or not torch.is_floating_point(head.weight):
         return None

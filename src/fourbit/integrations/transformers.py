@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fourbit.errors import InputError, ModelError, nearest
+from fourbit.codebook import BLOCKSIZES
+from fourbit.errors import FourbitError, InputError, ModelError, nearest
 from fourbit.integrations import peft as peft_hooks
 from fourbit.linear import Linear4bit, parameter_counts
 from fourbit.quantize import QuantConfig
@@ -27,15 +29,16 @@ _METHOD = "fourbit"
 _MARK = "_fourbit_hook"
 _PLAIN_LINEARS = ("Linear", "FalconLinear")
 """Classes whose forward is exactly ``x @ W.T + b``; other subclasses do more than that."""
-_LATER = (
-    "load_in_8bit",
-    "llm_int8_threshold",
-    "llm_int8_has_fp16_weight",
-    "llm_int8_compute_dtype",
-)
+_LATER: dict[str, tuple[Any, ...]] = {
+    "load_in_8bit": (False, None),
+    "llm_int8_threshold": (6.0, None),
+    "llm_int8_has_fp16_weight": (False, None),
+    "llm_int8_enable_fp32_cpu_offload": (False, None),
+    "bnb_4bit_quant_storage": ("uint8", torch.uint8, None),
+}
+"""Names of ``BitsAndBytesConfig`` that are not built, with the values that ask for nothing."""
 
 
-@register_quantization_config(_METHOD)
 @dataclass(init=False)
 class FourbitConfig(QuantizationConfigMixin):
     """For ``from_pretrained(..., quantization_config=FourbitConfig(...))``.
@@ -63,6 +66,8 @@ class FourbitConfig(QuantizationConfigMixin):
         llm_int8_skip_modules: list[str] | None = None,
         **unknown: Any,
     ) -> None:
+        # transformers turns what goes wrong inside a conversion into a log entry; kept here.
+        self.failure: FourbitError | None = None
         self.quant_method = _METHOD  # type: ignore[assignment]  # transformers' enum is closed
         unknown.pop("quant_method", None)
         _refuse_unknown(unknown)
@@ -81,7 +86,7 @@ class FourbitConfig(QuantizationConfigMixin):
             )
         self.quant = QuantConfig(
             quant_type=bnb_4bit_quant_type,  # type: ignore[arg-type]  # checked above
-            blocksize=blocksize,
+            blocksize=_blocksize(blocksize),
             double_quant=bnb_4bit_use_double_quant,
         )
         self.compute_dtype = _torch_dtype(bnb_4bit_compute_dtype or torch.float32)
@@ -102,8 +107,8 @@ class FourbitConfig(QuantizationConfigMixin):
         """JSON-ready, in the names the constructor takes."""
         dtype = self.compute_dtype or torch.float32
         return {
+            # Not load_in_4bit: by that key transformers takes a configuration for bitsandbytes'.
             "quant_method": _METHOD,
-            "load_in_4bit": True,
             "bnb_4bit_quant_type": self.quant.quant_type,
             "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
             "bnb_4bit_use_double_quant": self.quant.double_quant,
@@ -112,25 +117,39 @@ class FourbitConfig(QuantizationConfigMixin):
         }
 
 
+register_quantization_config(_METHOD)(FourbitConfig)
+
+
 def _refuse_unknown(unknown: dict[str, Any]) -> None:
+    known = (
+        "load_in_4bit",
+        "bnb_4bit_quant_type",
+        "bnb_4bit_compute_dtype",
+        "bnb_4bit_use_double_quant",
+        "blocksize",
+        "llm_int8_skip_modules",
+    )
     for name, value in unknown.items():
-        if name == "bnb_4bit_quant_storage" and value in (None, "uint8", torch.uint8):
+        later = name in _LATER
+        if later and value in _LATER[name]:
             continue
-        known = (
-            "load_in_4bit",
-            "bnb_4bit_quant_type",
-            "bnb_4bit_compute_dtype",
-            "bnb_4bit_use_double_quant",
-            "blocksize",
-            "llm_int8_skip_modules",
-        )
-        later = name in _LATER or name == "bnb_4bit_quant_storage"
         raise InputError(
             "not-built" if later else "unknown-key",
             where=f"FourbitConfig.{name}",
             what="is not built yet" if later else "unknown name",
             fix="leave it out" if later else nearest(name, known),
         )
+
+
+def _blocksize(value: int) -> int:
+    if value not in BLOCKSIZES:
+        raise InputError(
+            "bad-value",
+            where="FourbitConfig.blocksize",
+            what=f"{value!r} is no block size",
+            fix=f"use one of {', '.join(map(str, BLOCKSIZES))}",
+        )
+    return value
 
 
 def _torch_dtype(value: torch.dtype | str) -> torch.dtype:
@@ -153,7 +172,7 @@ class _Quantize(ConversionOps):
     def __init__(self, hf_quantizer: FourbitQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # transformers itself passes these by name
         self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Names and 16/32-bit tensors in, names and integer parameters out."""
@@ -163,22 +182,44 @@ class _Quantize(ConversionOps):
             weight: Tensor = value[0] if isinstance(value, list) else value
             layer, _ = get_module_from_name(model, name)
             assert isinstance(layer, Linear4bit)
-            if layer.transposed_source:
-                weight = weight.t()
-            layer.original_dtype = weight.dtype
+            try:
+                tensors = _packed(layer, weight, name)
+            except FourbitError as error:
+                config = self.hf_quantizer.quantization_config
+                config.failure = config.failure or error
+                raise
             prefix = name.removesuffix("weight")
-            for key, tensor in layer.quantized(weight, name=name).items():
+            for key, tensor in tensors.items():
                 result[prefix + key] = nn.Parameter(tensor, requires_grad=False)
-            layer._is_hf_initialized = True  # type: ignore[assignment]  # read by transformers
+            self.hf_quantizer.loaded.add(prefix)
         return result
 
 
-@register_quantizer(_METHOD)
+def _packed(layer: Linear4bit, weight: Tensor, name: str) -> dict[str, Tensor]:
+    shape = (layer.out_features, layer.in_features)
+    wanted = shape[::-1] if layer.transposed_source else shape
+    if tuple(weight.shape) != wanted:
+        # transformers checks no shape of a weight that it hands to a quantizer.
+        raise ModelError(
+            "mismatched-weights",
+            where=name,
+            what=f"{name} has shape {list(weight.shape)}, config.json says {list(wanted)}",
+            fix="use the config.json that belongs to the weights",
+        )
+    layer.original_dtype = weight.dtype
+    return layer.quantized(weight.t() if layer.transposed_source else weight, name=name)
+
+
 class FourbitQuantizer(HfQuantizer):
     """Streams weights into `Linear4bit` layers while transformers loads them."""
 
-    quantization_config: FourbitConfig
+    quantization_config: FourbitConfig  # type: ignore[assignment]
     requires_calibration = False
+
+    def __init__(self, quantization_config: FourbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.loaded: set[str] = set()
+        quantization_config.failure = None
 
     @property
     def quantized_element_size(self) -> float:
@@ -186,7 +227,7 @@ class FourbitQuantizer(HfQuantizer):
         return self.quantization_config.quant.bits_per_weight / 8
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # type: ignore[override]  # a property there too
         """Adapters can be trained on the model."""
         return True
 
@@ -195,7 +236,7 @@ class FourbitQuantizer(HfQuantizer):
         """The ops have fakes and registered autograd."""
         return True
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> bool:  # type: ignore[override]  # a property in the base class
         """Whether ``save_pretrained`` may write the packed model."""
         return False
 
@@ -222,7 +263,7 @@ class FourbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
-        replace_linears(
+        replaced = replace_linears(
             model,
             config.quant,
             compute_dtype=config.compute_dtype,
@@ -233,8 +274,28 @@ class FourbitQuantizer(HfQuantizer):
                 add_default_skips=True,
             ),
         )
+        for name in replaced:
+            # Otherwise transformers would draw random numbers into integer parameters.
+            model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
         install()
         return model
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        layers = [name for name, m in model.named_modules() if isinstance(m, Linear4bit)]
+        missing = [name for name in layers if f"{name}." not in self.loaded]
+        if missing:
+            raise ModelError(
+                "missing-weights",
+                where=str(model.config.name_or_path or type(model).__name__),
+                what=f"{len(missing)} tensors are missing, first: {missing[0]}.weight",
+                fix="download the checkpoint again, or check that config.json belongs to it",
+            )
+        return model
+
+
+register_quantizer(_METHOD)(FourbitQuantizer)
 
 
 def replace_linears(
@@ -257,16 +318,16 @@ def replace_linears(
     replaced = []
     kernel_weights = _kernel_weights(model)
     for name, module in list(model.named_modules()):
-        conv1d = isinstance(module, Conv1D)
-        plain = conv1d or (
-            isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_LINEARS
-        )
-        if not plain or name in kernel_weights or not should_convert_module(name, skip):
+        if isinstance(module, Conv1D):
+            source = _as_linear(module)
+        elif isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_LINEARS:
+            source = module
+        else:
             continue
-        if conv1d:
-            module = _as_linear(module)
-        layer = Linear4bit.from_linear(module, quant, compute_dtype=compute_dtype, name=name)
-        layer.transposed_source = conv1d
+        if name in kernel_weights or not should_convert_module(name, skip):
+            continue
+        layer = Linear4bit.from_linear(source, quant, compute_dtype=compute_dtype, name=name)
+        layer.transposed_source = isinstance(module, Conv1D)
         model.set_submodule(name, layer)
         replaced.append(name)
     if not replaced:

@@ -84,9 +84,14 @@ def scales_float32(
     """The float32 scale of each block ``[b]``, whichever way it is stored."""
     if nested_absmax is None or nested_offset is None:
         return _float_bits(absmax)
-    values = codebook.signed_dynamic_map(absmax.device)
-    block = torch.arange(absmax.numel(), device=absmax.device) // codebook.NESTED_BLOCKSIZE
-    return values[absmax.int()] * _float_bits(nested_absmax)[block] + _float_bits(nested_offset)
+    nested = _float_bits(nested_absmax)
+    codes = absmax.to(torch.int32)
+    scales = codebook.signed_dynamic_map(absmax.device).index_select(0, codes)
+    full = scales.numel() // codebook.NESTED_BLOCKSIZE
+    blocks = scales[: full * codebook.NESTED_BLOCKSIZE].view(-1, codebook.NESTED_BLOCKSIZE)
+    blocks.mul_(nested[:full, None])
+    scales[full * codebook.NESTED_BLOCKSIZE :] *= nested[-1:]
+    return scales.add_(_float_bits(nested_offset))
 
 
 @default_kernel("dequantize_4bit")

@@ -165,9 +165,14 @@ def _lora_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
         packed, absmax, nested_absmax, nested_offset, x, output[1], lora_A, lora_B, seed
     )
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _lora_backward(ctx: Any, grad_MN: Tensor, _grad_xa: Tensor | None) -> tuple[Tensor | None, ...]:
+def _lora_backward(
+    ctx: Any, grad_MN: Tensor | None, _grad_xa: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_MN is None:
+        return (None,) * 13
     *weight, x, xa, lora_A, lora_B, seed = ctx.saved_tensors
     dtype = grad_MN.dtype
     grad = grad_MN.reshape(-1, grad_MN.shape[-1])
