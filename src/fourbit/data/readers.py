@@ -24,9 +24,9 @@ TEXT_BLOCK = 8192
 """Characters after which a plain text file is cut into a new row, at the next blank line."""
 
 _JSON_NAMES = (".jsonl", ".json", ".ndjson")
-_TEXT_NAMES = (".txt", ".text", ".md")
+TEXT_SUFFIXES = (".txt", ".text", ".md")
 _TABLE_NAMES = (".csv", ".tsv")
-DATA_SUFFIXES = (*_JSON_NAMES, *_TEXT_NAMES, *_TABLE_NAMES, ".parquet", ".gz", ".zst")
+DATA_SUFFIXES = (*_JSON_NAMES, *TEXT_SUFFIXES, *_TABLE_NAMES, ".parquet", ".gz", ".zst")
 
 
 def read_file(path: str, bad: BadLines, *, limits: Limits) -> Iterator[Row]:
@@ -51,7 +51,7 @@ def read_file(path: str, bad: BadLines, *, limits: Limits) -> Iterator[Row]:
     name = re.sub(r"\.(gz|zst)$", "", path.lower())
     suffix = os.path.splitext(name)[1]
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if suffix in _TEXT_NAMES:
+    if suffix in TEXT_SUFFIXES:
         yield from _read_text(path, limits)
     elif suffix in _TABLE_NAMES:
         yield from _read_table(path, bad, limits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from fourbit.data.chat import render_example, render_whole, tokens_in_spans
 from fourbit.data.dataset import Dataset, TokenStats
+from fourbit.data.readers import TEXT_SUFFIXES
 from fourbit.data.templates import (
     TEMPLATE_FAULTS,
     ChatTemplate,
@@ -90,6 +92,12 @@ def _batches(examples: Sequence[Example]) -> Iterator[list[Example]]:
         yield batch
 
 
+def _is_running_text(example: Example) -> bool:
+    """Rows of a plain text file are cut out of one text; they are no documents of their own."""
+    suffixes = {suffix.lower() for suffix in PurePath(example.origin.file).suffixes}
+    return bool(suffixes & set(TEXT_SUFFIXES))
+
+
 def cut_text(text: str, limit: int) -> list[str]:
     """Cuts a text into pieces of at most ``limit`` characters, before white space if there is some.
 
@@ -147,7 +155,16 @@ class _Makers:
                 yield example, next(chats)
             else:
                 ids = self._text_ids(example.text)
+                if not _is_running_text(example):
+                    ids = self._ended(ids)
                 yield example, [(ids, np.ones(len(ids), dtype=np.bool_))]
+
+    def _ended(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """A document ends with EOS, or the model would never learn to stop after one."""
+        eos = self._tokenizer.eos_token_id
+        if eos is None or (len(ids) and ids[-1] == eos):
+            return ids
+        return np.append(ids, np.int32(eos))
 
     def _text_ids(self, text: str) -> NDArray[np.int32]:
         pieces = cut_text(text, _BATCH_CHARACTERS)
