@@ -176,3 +176,19 @@ def test_nested_scales_one_by_one(device: torch.device) -> None:
             codes.to(device), nested.view(view).to(device), offset.view(view).to(device)
         )
         assert torch.equal(ours.cpu(), expected)
+
+
+@pytest.mark.parametrize("quant_type", oracles.QUANT_TYPES)
+def test_a_tail_is_divided_and_not_multiplied(device: torch.device, quant_type: str) -> None:
+    bounds = codebook.thresholds(quant_type, torch.device("cpu"))
+    told_apart = 0
+    for _ in range(100):
+        largest = torch.rand(1) + 0.5
+        tail = torch.cat((largest, bounds * largest))
+        packed, _ = ops.quantize_4bit(tail.to(device), blocksize=64, quant_type=quant_type)
+        assert torch.equal(packed.cpu(), oracles.quantized(tail, quant_type, 64)[0])
+        product = (tail * (1 / largest)).clamp(-1, 1).numpy()
+        quotient = (tail / largest).clamp(-1, 1).numpy()
+        codes = [oracles.nearest_codes(scaled, quant_type) for scaled in (product, quotient)]
+        told_apart += int((codes[0] != codes[1]).any())
+    assert told_apart > 0
