@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from fourbit import device as devices
 from fourbit.data import ChatTemplate, render, resolve_template
 from fourbit.errors import InputError, ModelError
+from fourbit.integrations.peft import base_model
 from fourbit.linear import keep_dequantized
 from fourbit.loading import LoadOptions, load_model, load_tokenizer, resolve_source
 from fourbit.quantize import QuantConfig
@@ -116,7 +118,10 @@ class Generator:
         results: dict[int, Answer] = {}
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         torch.manual_seed(sampling.seed)
-        with keep_dequantized(self.model, self._dtype(), budget=self._budget()):
+        with (
+            keep_dequantized(self.model, self._dtype(), budget=self._budget()),
+            _contiguous_head(self.model),
+        ):
             for batch in _batches(order, prompts, sampling.max_new_tokens):
                 outputs = self._run([prompts[i] for i in batch], sampling)
                 for index, ids in zip(batch, outputs, strict=True):
@@ -170,6 +175,24 @@ class Generator:
             if token in self._stop:
                 return ids[:place]
         return ids
+
+
+@contextmanager
+def _contiguous_head(model: nn.Module) -> Iterator[None]:
+    """Inside, the head is given a contiguous input.
+
+    After a prompt transformers hands it the last position as a strided slice; for such an input
+    torch expands the head's weight once per row of the batch, gigabytes for a large vocabulary.
+    """
+    head = base_model(model).get_output_embeddings()
+    if head is None:
+        yield
+        return
+    handle = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _batches(
