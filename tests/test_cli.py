@@ -6,8 +6,8 @@ import json
 import shutil
 
 import pytest
-from commands import fourbit, write_config
 
+from commands import fourbit, write_config
 from fourbit.cli import main
 
 

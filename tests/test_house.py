@@ -64,7 +64,11 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCE)))
 def test_imports_go_down_only(path):
-    if path == SOURCE / "__init__.py" or path.name == "__init__.py" and path.parent.name == "integrations":
+    if (
+        path == SOURCE / "__init__.py"
+        or path.name == "__init__.py"
+        and path.parent.name == "integrations"
+    ):
         return
     room = room_of(dotted(path))
     assert room is not None, f"{path} is on no floor: add it to FLOORS"

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT
 from torch import nn
 
+from commands import ENVIRONMENT
 from fourbit.receipt import Receipt, Watch, frozen_digests, tensor_digest
 
 CAUGHT_BY = {

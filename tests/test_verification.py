@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 import torch
-from commands import write_config
 from safetensors.torch import load_file, save_file
 
 import fourbit
+from commands import write_config
 from fourbit.errors import InputError
 from fourbit.settings import load_settings
 from fourbit.training.config import TrainConfig

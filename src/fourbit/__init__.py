@@ -55,7 +55,29 @@ _HOMES = {
     "watch": "fourbit.receipt",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]
+__all__ = [
+    "__version__",
+    "DataConfig",
+    "FourbitConfig",
+    "FourbitError",
+    "Linear4bit",
+    "LoraSettings",
+    "OptimConfig",
+    "QuantConfig",
+    "QuantState",
+    "Receipt",
+    "ReceiptCallback",
+    "TrainConfig",
+    "TrainResult",
+    "dequantize_4bit",
+    "load",
+    "plan",
+    "quantize_4bit",
+    "quantize_model",
+    "train",
+    "verify",
+    "watch",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,6 +51,14 @@ class Answer:
     tokens: int
 
 
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills sequences: the tokenizer's padding or end, else 0. It is never learned."""
+    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(found, int):
+            return found
+    return 0
+
+
 class Generator:
     """Generates with a loaded model.
 
@@ -74,7 +82,8 @@ class Generator:
         configured = getattr(self.model, "generation_config", None)
         ids: set[int] = set()
         for found in (getattr(configured, "eos_token_id", None), self.tokenizer.eos_token_id):
-            ids |= set(found) if isinstance(found, (list, tuple)) else {found}
+            listed = found if isinstance(found, (list, tuple)) else (found,)
+            ids |= {token for token in listed if isinstance(token, int)}
         if self.template is not None:
             turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
             text = render(turns, self.tokenizer, self.template)
@@ -83,7 +92,7 @@ class Generator:
             ).input_ids
             special = set(self.tokenizer.all_special_ids)
             ids |= {token for token in tail[:1] if token in special}
-        return sorted(token for token in ids if token is not None)
+        return sorted(ids)
 
     def prompt_ids(self, prompt: str | Sequence[dict[str, object]]) -> list[int]:
         """Token ids of a plain text, or of messages rendered for the assistant to answer."""
@@ -125,7 +134,7 @@ class Generator:
             for batch in _batches(order, prompts, sampling.max_new_tokens):
                 outputs = self._run([prompts[i] for i in batch], sampling)
                 for index, ids in zip(batch, outputs, strict=True):
-                    text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                    text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
                     results[index] = Answer(text, len(ids))
                 if progress is not None:
                     progress(len(results), "")
@@ -147,8 +156,7 @@ class Generator:
     def _run(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id
-        pad = self._stop[0] if pad is None and self._stop else pad or 0
+        pad = pad_id(self.tokenizer)
         # Padding goes to the left, so that every prompt ends where generation begins.
         ids = torch.full((len(prompts), width), pad, dtype=torch.long)
         mask = torch.zeros_like(ids)

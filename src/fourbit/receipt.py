@@ -107,7 +107,7 @@ def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, shape and dtype."""
     data = tensor.detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(memoryview(data.view(torch.uint8).numpy()))
+    digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -153,12 +153,12 @@ def adapter_count(model: nn.Module) -> int:
     """
     count = 0
     for layer in lora_layers(model).values():
+        in_features, out_features = layer.in_features or 0, layer.out_features or 0
         for name in layer.lora_A:
-            count += layer.r[name] * (layer.in_features + layer.out_features)
-            if name in layer.lora_magnitude_vector:
-                count += layer.out_features
-            if layer.lora_bias.get(name):
-                count += layer.out_features
+            count += layer.r[name] * (in_features + out_features)
+            # DoRA's magnitude and a LoRA bias have one value per output
+            extras = (name in layer.lora_magnitude_vector) + bool(layer.lora_bias.get(name))
+            count += extras * out_features
     for wrapper in saved_modules(model).values():
         for name in wrapper.active_adapters:
             count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())
@@ -200,6 +200,7 @@ class Watch:
             self.model.register_forward_hook(self._after_forward, with_kwargs=True)
         )
         for name, layer in lora_layers(self.model).items():
+            assert isinstance(layer, nn.Module)
             hook = self._called_hook(name)
             self._handles.append(layer.register_forward_pre_hook(hook))
 

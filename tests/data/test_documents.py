@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from models import tiny_tokenizer
 
 from fourbit.data import DataConfig, read_rows, tokenize
+from models import tiny_tokenizer
 
 
 def samples(path, **changes):

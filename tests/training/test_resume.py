@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import fourbit, start, write_config
 
+from commands import fourbit, start, write_config
 from fourbit.files import sha256_of
 from fourbit.rundir import RunDir
 

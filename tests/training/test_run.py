@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from commands import write_config
 from safetensors.torch import load_file
 
 import fourbit
+from commands import write_config
 from fourbit import checkpoint
 from fourbit.errors import EnvironmentFault, NumericStop
 from fourbit.files import sha256_of

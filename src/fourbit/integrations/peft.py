@@ -72,7 +72,12 @@ class LoraLinear4bit(PeftLoraLinear):
         return lora_forward(
             base,
             x,
-            (self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name], probability),
+            (
+                _weight(self.lora_A[name]),
+                _weight(self.lora_B[name]),
+                self.scaling[name],
+                probability,
+            ),
         )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -93,9 +98,15 @@ class LoraLinear4bit(PeftLoraLinear):
         )
 
 
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module, nn.Linear)
+    return module.weight
+
+
 def install() -> None:
     """Wraps the two hooks once; called when the first quantized model is made, never at import."""
-    dispatch = peft_lora_model.dispatch_default
+    # not exported by PEFT's types, but the global that its dispatch looks up
+    dispatch = peft_lora_model.dispatch_default  # pyright: ignore[reportPrivateImportUsage]
     if not getattr(dispatch, _MARK, False):
 
         def dispatch_fourbit(
@@ -108,7 +119,7 @@ def install() -> None:
             return dispatch(target, adapter_name, config=config, **kwargs)
 
         setattr(dispatch_fourbit, _MARK, True)
-        peft_lora_model.dispatch_default = dispatch_fourbit
+        peft_lora_model.dispatch_default = dispatch_fourbit  # pyright: ignore[reportPrivateImportUsage]
 
     count = PeftModel.get_nb_trainable_parameters
     if not getattr(count, _MARK, False):

@@ -82,7 +82,8 @@ class Objective:
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of token losses over the supervised positions, float32 scalar."""
         labels = shift_labels(batch.labels).to(self.device)
-        head = head_weight(self.base.get_output_embeddings()) if self.chunked else None
+        module = self.base.get_output_embeddings() if self.chunked else None
+        head = None if module is None else head_weight(module)
         if head is None:
             return logits_cross_entropy(self.logits(batch), labels)
         weight, bias = head

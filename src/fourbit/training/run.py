@@ -18,7 +18,7 @@ from fourbit import device as devices
 from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
 from fourbit.errors import EnvironmentFault, FourbitError, InputError
 from fourbit.files import human_bytes
-from fourbit.generate import Generator, Sampling
+from fourbit.generate import Generator, Sampling, pad_id
 from fourbit.integrations.transformers import enable_checkpointing
 from fourbit.linear import parameter_counts
 from fourbit.loading import (
@@ -311,7 +311,7 @@ class _Run:
         autocast = self.dtype if mixed and self.dtype != torch.float32 else None
         self.objective = Objective(self.model, autocast)
         batches = self._batches(self.data.train, seed=config.seed)
-        pad = self.tokenizer.pad_token_id or 0
+        pad = pad_id(self.tokenizer)
         first = collate(self.data.train, batches.epoch(0)[0], pad_id=pad)
         if not self.objective.choose_head(first):
             self.say.warn("this architecture's head is not linear: the loss uses full logits")
