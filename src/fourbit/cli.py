@@ -100,7 +100,7 @@ def train(
         origins=resolved.origins,
         overwrite=overwrite,
         dry_run=dry_run,
-        reporter=Reporter(quiet=as_json),
+        reporter=Reporter(),
     )
     if as_json:
         _print_json(result.as_dict())
@@ -360,7 +360,7 @@ def demo(
         shape = replace(shape, train_rows=train_rows)
     if test_rows is not None:
         shape = replace(shape, test_rows=test_rows)
-    result = run_demo(output, shape, overwrite=overwrite, reporter=Reporter(quiet=as_json))
+    result = run_demo(output, shape, overwrite=overwrite, reporter=Reporter())
     if as_json:
         _print_json(result.as_dict())
 

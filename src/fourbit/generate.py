@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -274,7 +275,9 @@ def open_generator(
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
-        return PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecations between PEFT and transformers
+            return PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         message = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ModelError(
