@@ -22,7 +22,7 @@ from fourbit.training.progress import Reporter
 from fourbit.training.reporting import write_run_report
 from fourbit.training.run import TrainResult, train
 
-_MAX_NEW_TOKENS = 64
+_MAX_NEW_TOKENS = 56
 _SHOWN = 3
 
 
@@ -33,7 +33,7 @@ class DemoShape:
     seed: int = 0
     train_rows: int = 624
     test_rows: int = 200
-    pattern_rows: int = 100
+    pattern_rows: int = 60
 
 
 @dataclass(frozen=True)
