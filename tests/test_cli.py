@@ -215,6 +215,15 @@ def test_train_verify_generate_plan_inspect(call, model_folder, tmp_path):
     assert {"tensors", "parameters", "bytes"} <= set(json.loads(out))
 
 
+def test_relative_paths_work_everywhere(call, model_folder, tmp_path, monkeypatch):
+    config = write_config(tmp_path, model_folder("llama"), max_steps=1, output="runs/first")
+    monkeypatch.chdir(tmp_path)
+    assert call("train", config.name, "--json")[0] == 0
+    assert call("verify", "runs/first", "--json")[0] == 0
+    assert call("train", config.name, "--resume", "auto", "--json")[0] == 0
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+
+
 def test_an_untrained_adapter_of_another_base_is_refused(call, model_folder, tmp_path):
     config = write_config(tmp_path, model_folder("llama"), max_steps=1, eval_every=0)
     assert call("train", config, "--json")[0] == 0

@@ -44,7 +44,8 @@ class RunDir:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        # Absolute: a file's own path and one "below the run" must not be joined twice.
+        self.path = path.absolute()
         self._lock: int | None = None
         self._metrics_ready = False
 
