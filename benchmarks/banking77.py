@@ -33,7 +33,8 @@ from fourbit.data import DataConfig, read_rows
 from fourbit.evaluate import ExactMatch, score_examples
 from fourbit.generate import Generator, Sampling, open_generator
 from fourbit.linear import Linear4bit
-from fourbit.loading import LoadOptions, load_model, resolve_source
+from fourbit.loading import LoadOptions, load_model
+from fourbit.sources import resolve_source
 
 PROMPT, COMPLETION = "{text}", "{label}"
 SYSTEM = "Name the intent of the customer's message."

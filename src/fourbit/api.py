@@ -8,8 +8,9 @@ import torch
 
 from fourbit import device as devices
 from fourbit import planner
-from fourbit.loading import load_config, resolve_source
+from fourbit.loading import load_config
 from fourbit.receipt import Receipt
+from fourbit.sources import resolve_source
 from fourbit.training.config import TrainConfig
 from fourbit.verification import verify_run
 

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 
 from fourbit.device import Machine, default_device, machine, resolve_precision
 from fourbit.files import human_bytes
-from fourbit.loading import ALIASES
+from fourbit.sources import ALIASES
 
 Level = Literal["ok", "note", "warning"]
 

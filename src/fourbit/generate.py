@@ -19,9 +19,10 @@ from fourbit.data import ChatTemplate, render, resolve_template
 from fourbit.errors import InputError, ModelError
 from fourbit.integrations.peft import base_model
 from fourbit.linear import keep_dequantized
-from fourbit.loading import LoadOptions, load_model, load_tokenizer, resolve_source
+from fourbit.loading import LoadOptions, load_model, load_tokenizer
 from fourbit.quantize import QuantConfig
 from fourbit.receipt import packed_digest
+from fourbit.sources import resolve_source
 
 _BATCH_TOKENS = 16384
 """Positions (prompt and new) of one batch: bounds the KV cache."""

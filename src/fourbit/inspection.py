@@ -13,7 +13,7 @@ from typing import Any
 from fourbit.errors import ModelError
 from fourbit.files import human_bytes
 from fourbit.integrations import gguf as gguf_files
-from fourbit.loading import ModelSource, check_safetensors, resolve_source
+from fourbit.sources import ModelSource, check_safetensors, resolve_source
 
 _STATE = ".quant_state.bitsandbytes__"
 _SCALES_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from fourbit import checkpoint, files
 from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
-from fourbit.loading import LoadOptions, load_model, resolve_source
+from fourbit.loading import LoadOptions, load_model
 from fourbit.receipt import Receipt, combined_digest, frozen_digests, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
+from fourbit.sources import resolve_source
 from fourbit.training.adapter import ADAPTER_FILE, SAVE_DTYPES
 from fourbit.training.config import TrainConfig
 

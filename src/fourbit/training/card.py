@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fourbit import __version__
-from fourbit.loading import ModelSource
+from fourbit.sources import ModelSource
 from fourbit.training.config import TrainConfig
 
 _LOAD = """```python

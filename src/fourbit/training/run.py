@@ -23,17 +23,16 @@ from fourbit.integrations.transformers import enable_checkpointing
 from fourbit.linear import parameter_counts
 from fourbit.loading import (
     LoadOptions,
-    ModelSource,
     load_config,
     load_model,
     load_tokenizer,
-    resolve_source,
     unquantized_tensors,
 )
 from fourbit.optim import build_optimizer
 from fourbit.receipt import Receipt, Watch, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import Resolved, dump_settings
+from fourbit.sources import ModelSource, resolve_source
 from fourbit.training import reporting
 from fourbit.training.adapter import (
     ADAPTER_FILE,
