@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fourbit.errors import InputError, VerificationFailed
+from fourbit.files import sha256_of
 from fourbit.integrations.peft import lora_layers, saved_modules
 from fourbit.linear import parameter_counts
 
@@ -425,21 +426,25 @@ def compare_saved(
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    path = folder / "adapter_model.safetensors"
-    if not isinstance(model, PeftModel):
-        path = folder / "model.safetensors"
-    if not path.is_file():
-        return [f"{path.name} is missing"], {}
-    saved = load_file(path)
-    state = get_peft_model_state_dict(model) if isinstance(model, PeftModel) else {}
-    if not isinstance(model, PeftModel):
-        state = {n: p for n, p in model.named_parameters() if n in saved}
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        return [f"no safetensors in {folder.name}/"], {}
+    saved: dict[str, Tensor] = {}
+    for path in paths:
+        saved |= load_file(path)
+    if isinstance(model, PeftModel):
+        # embeddings would be looked up on the hub; what we train is saved by name
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        complete = state.keys() == saved.keys()
+    else:
+        state = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        complete = state.keys() <= saved.keys()
     facts = {
-        "adapter_bytes": path.stat().st_size,
-        "adapter_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "adapter_bytes": sum(path.stat().st_size for path in paths),
+        "adapter_sha256": sha256_of(paths[0]),
         "adapter_tensors": len(saved),
     }
-    if state.keys() != saved.keys():
+    if not complete:
         return [f"{len(saved)} tensors in the file, {len(state)} in the model"], facts
     for name, tensor in state.items():
         wanted = tensor.detach().cpu()
