@@ -5,6 +5,7 @@ Bodies import what they need: ``--help`` must not pay for torch and transformers
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -428,9 +429,10 @@ def _crash(error: Exception, as_json: bool) -> NoReturn:
 
 
 def _fail(line: str, code: int, as_json: bool, facts: dict[str, str] | None = None) -> NoReturn:
-    click.echo(line, err=True)
-    if as_json:
-        click.echo(json.dumps({"error": facts or {"what": line}, "exit_code": code}))
+    with contextlib.suppress(BrokenPipeError):  # nobody may be left to read it
+        click.echo(line, err=True)
+        if as_json:
+            click.echo(json.dumps({"error": facts or {"what": line}, "exit_code": code}))
     sys.exit(code)
 
 
