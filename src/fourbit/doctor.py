@@ -28,6 +28,7 @@ _OPS = (
     "dequantize_4bit",
     "linear_4bit",
     "lora_linear_4bit",
+    "dropout_mask",
 )
 _LITTLE_MEMORY = 2_000_000_000
 _LITTLE_DISK = 2_000_000_000
