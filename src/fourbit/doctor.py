@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 from fourbit.device import Machine, default_device, machine, resolve_precision
 from fourbit.files import human_bytes
+from fourbit.ops import reference as reference  # registers the ops asked about below
 from fourbit.sources import ALIASES
 
 Level = Literal["ok", "note", "warning"]
