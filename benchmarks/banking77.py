@@ -132,11 +132,11 @@ def main() -> None:
     worst, equal = same_as_plain_peft(run, prompts[:PROMPTS])
     print(f"plain PEFT on the dequantized base: logits differ by {worst:.1e},")
     print(f"  greedy text equal on {equal} of {PROMPTS} prompts")
+    write(options, result, {"before": before, "after": after, "after_16_bit_base": on_16_bits})
     assert after.score > before.score, "the tuned model must beat the untouched one"
     assert worst <= LOGITS_TOLERANCE
     assert equal == PROMPTS
     assert abs(on_16_bits.score - after.score) <= 0.02, "more than two points apart"
-    write(options, result, {"before": before, "after": after, "after_16_bit_base": on_16_bits})
 
 
 def write(options: argparse.Namespace, result: dict, scores: dict[str, ExactMatch]) -> None:
