@@ -62,8 +62,7 @@ class Linear4bit(nn.Linear):
         numel = in_features * out_features
         blocks = -(-numel // self.blocksize)
         nested = -(-blocks // NESTED_BLOCKSIZE)
-        shape = (out_features, in_features // 2) if in_features % 2 == 0 else ((numel + 1) // 2, 1)
-        self.weight = _frozen(shape, torch.uint8, device)
+        self.weight = _frozen(self.packed_shape, torch.uint8, device)
         absmax_dtype = torch.uint8 if self.double_quant else torch.int32
         self.weight_absmax = _frozen((blocks,), absmax_dtype, device)
         if self.double_quant:
@@ -112,7 +111,7 @@ class Linear4bit(nn.Linear):
             double_quant=self.double_quant,
             name=name,
         )
-        tensors = {"weight": packed.view(self.weight.shape), "weight_absmax": state.absmax}
+        tensors = {"weight": packed.view(self.packed_shape), "weight_absmax": state.absmax}
         if state.nested_absmax is not None and state.nested_offset is not None:
             tensors["weight_nested_absmax"] = state.nested_absmax
             tensors["weight_nested_offset"] = state.nested_offset
@@ -120,6 +119,13 @@ class Linear4bit(nn.Linear):
             key: tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
             for key, tensor in tensors.items()
         }
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """Shape of the packed weight: rows stay rows unless a row ends inside a byte."""
+        if self.in_features % 2 == 0:
+            return self.out_features, self.in_features // 2
+        return (self.in_features * self.out_features + 1) // 2, 1
 
     @property
     def scales(self) -> ops.Scales:

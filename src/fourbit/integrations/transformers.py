@@ -277,6 +277,13 @@ class FourbitQuantizer(HfQuantizer):
         for name in replaced:
             # Otherwise transformers would draw random numbers into integer parameters.
             model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
+        for layer in model.modules():
+            if isinstance(layer, Linear4bit):
+                # transformers before 5.23 casts what arrives to the waiting parameter's dtype
+                dtype = layer.original_dtype
+                shape = (layer.out_features, layer.in_features)
+                waiting = torch.empty(shape, dtype=dtype, device="meta")
+                layer.weight = nn.Parameter(waiting, requires_grad=False)
         install()
         return model
 
