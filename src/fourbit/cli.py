@@ -90,9 +90,7 @@ def train(
     path, overrides = _split(settings)
     if resume is not None:
         overrides.append(("resume", resume))
-    resolved = load_settings(
-        TrainConfig, path=path, overrides=overrides, short_forms=_with_tails(SHORT_FORMS)
-    )
+    resolved = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS)
     from fourbit.training.progress import Reporter
     from fourbit.training.run import train as run_training
 
@@ -105,10 +103,6 @@ def train(
     )
     if as_json:
         _print_json(result.as_dict())
-
-
-def _with_tails(short_forms: dict[str, str]) -> dict[str, str]:
-    return {**short_forms, "skip_bad_lines": "data.skip_bad_lines"}
 
 
 def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]:

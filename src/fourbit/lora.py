@@ -155,10 +155,15 @@ def resolve_targets(
 
 def rank_of(name: str, settings: LoraSettings) -> int:
     """The rank of the adapter on layer ``name``, `rank_pattern` considered as PEFT does."""
-    for pattern, rank in settings.rank_pattern.items():
+    return rank_by_pattern(name, settings.rank_pattern, default=settings.r)
+
+
+def rank_by_pattern(name: str, patterns: Mapping[str, int], *, default: int) -> int:
+    """PEFT's rule: the first pattern that is the end of the layer's name decides."""
+    for pattern, rank in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             return rank
-    return settings.r
+    return default
 
 
 def expected_trainable(targets: Mapping[str, tuple[int, int]], settings: LoraSettings) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from fourbit import checkpoint, files
 from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.loading import LoadOptions, load_model
+from fourbit.lora import rank_by_pattern
 from fourbit.receipt import Receipt, combined_digest, frozen_digests, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
@@ -121,10 +121,7 @@ def _check_count(
 
 def _rank(name: str, default: int, patterns: dict[str, int]) -> int:
     module = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
-    for pattern, rank in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return rank
-    return default
+    return rank_by_pattern(module, patterns, default=default)
 
 
 def _check_checkpoints(receipt: Receipt, run: RunDir, config: TrainConfig) -> None:

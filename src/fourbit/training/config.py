@@ -21,6 +21,7 @@ SHORT_FORMS = {
     "r": "lora.r",
     "max_length": "data.max_length",
     "quant_type": "quant.quant_type",
+    "skip_bad_lines": "data.skip_bad_lines",
 }
 """Command-line short forms: ``--data F`` means ``--data.train F``."""
 
