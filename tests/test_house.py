@@ -22,7 +22,7 @@ FLOORS = [
     {"lora", "loss", "optim", "bnb_format"},
     {"integrations.peft", "integrations.config"},
     {"integrations.transformers", "integrations.gguf", "receipt"},
-    {"sources", "data", "integrations.trainer"},
+    {"sources", "data", "integrations.trainer", "integrations.takeover"},
     {"loading"},
     {"planner", "generate", "report"},
     {"evaluate", "training"},

@@ -85,7 +85,7 @@ class LoraLinear4bit(PeftLoraLinear):
         raise ModelError(
             "merge-into-4bit",
             where=type(self).__name__,
-            what="an adapter cannot be merged into packed 4-bit weights without losing it",
+            what="an adapter cannot be merged into quantized weights without losing it",
             fix="keep the adapter beside the base, or merge it into the 16-bit base with PEFT",
         )
 

@@ -238,6 +238,9 @@ class FourbitQuantizer(HfQuantizer):
                 what=f"{len(missing)} tensors are missing, first: {missing[0]}.weight",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
+        # by these PEFT and Trainer know a quantized model
+        model.is_loaded_in_4bit = self.quantization_config.load_in_4bit  # type: ignore[assignment]
+        model.is_loaded_in_8bit = self.quantization_config.load_in_8bit  # type: ignore[assignment]
         # save_pretrained reverts the conversions of loading; ours is `get_state_dict_and_metadata`
         conversions = getattr(model, "_weight_conversions", None)
         if conversions:
