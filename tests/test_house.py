@@ -18,7 +18,7 @@ FLOORS = [
     {"codebook", "device", "rundir"},
     {"ops", "checkpoint"},
     {"quantize"},
-    {"linear"},
+    {"linear", "absmax"},
     {"lora", "loss", "optim"},
     {"integrations.peft"},
     {"integrations.transformers", "integrations.gguf", "receipt"},

@@ -91,8 +91,9 @@ def test_the_dictionary_gives_the_configuration_back(dtype):
             " fix: leave load_in_4bit at True, or load without a quantization_config",
         ),
         (
-            {"bnb_4bit_quant_type": "int4"},
-            "error[bad-value] FourbitConfig.bnb_4bit_quant_type: 'int4' is not nf4 or fp4",
+            {"bnb_4bit_quant_type": "int3"},
+            "error[bad-value] FourbitConfig.bnb_4bit_quant_type: 'int3' is not one of"
+            " nf4, fp4, int4",
         ),
         (
             {"bnb_4bit_compute_dtype": "float99"},
@@ -132,7 +133,7 @@ def test_a_wrong_blocksize_is_one_line(blocksize):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_from_pretrained_quantizes_each_weight_of_the_file(
     name, quant_type, double_quant, model_folder

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fourbit.codebook import BLOCKSIZES
+from fourbit.codebook import BLOCKSIZES, QUANT_TYPES
 from fourbit.errors import FourbitError, InputError, ModelError, nearest
 from fourbit.integrations import peft as peft_hooks
 from fourbit.linear import Linear4bit, parameter_counts
@@ -78,11 +78,11 @@ class FourbitConfig(QuantizationConfigMixin):
                 what="only 4-bit loading is built",
                 fix="leave load_in_4bit at True, or load without a quantization_config",
             )
-        if bnb_4bit_quant_type not in ("nf4", "fp4"):
+        if bnb_4bit_quant_type not in QUANT_TYPES:
             raise InputError(
                 "bad-value",
                 where="FourbitConfig.bnb_4bit_quant_type",
-                what=f"'{bnb_4bit_quant_type}' is not nf4 or fp4",
+                what=f"'{bnb_4bit_quant_type}' is not one of {', '.join(QUANT_TYPES)}",
             )
         self.quant = QuantConfig(
             quant_type=bnb_4bit_quant_type,  # type: ignore[arg-type]  # checked above
