@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -58,7 +58,7 @@ def sheet(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
 
 
-def tidy(axes: Axes, *, grid: str = "y") -> None:
+def tidy(axes: Axes, *, grid: Literal["x", "y", ""] = "y") -> None:
     """The report's look: no frame, faint grid, readable ticks."""
     if grid:
         axes.grid(axis=grid, color=RULE)
@@ -384,7 +384,7 @@ def real_weights(model: str) -> Figure:
     figure = sheet(10, 4.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.35, 1])
     edges = torch.linspace(-1, 1, 101)
-    counts = sum(torch.histc(scaled(w), bins=100, min=-1, max=1) for w in layers)
+    counts = torch.stack([torch.histc(scaled(w), bins=100, min=-1, max=1) for w in layers]).sum(0)
     share = counts / counts.sum() * 50  # bins of 1/50: the curve encloses 1
     left.stairs(share, edges, fill=True, color=FAINT, alpha=0.6)
     lowest = 0.16
@@ -446,8 +446,8 @@ def type_errors(weights: Sequence[Tensor]) -> dict[str, dict[str, float]]:
                 packed, state = quantize_4bit(weight, quant_type=name, double_quant=double)
                 difference = dequantize_4bit(packed, state) - weight
                 squares[double] += float(difference.double().square().sum())
-            codes = torch.cat((packed >> 4, packed & 15)).view(-1)
-            counts += torch.bincount(codes.int(), minlength=16)
+                for codes in (packed >> 4, packed & 15):
+                    counts += torch.bincount(codes.view(-1), minlength=16)
         shares = counts[counts > 0] / counts.sum()
         out[name] = {
             "error": (squares[False] / power) ** 0.5,
