@@ -138,8 +138,8 @@ def packed_digest(model: nn.Module) -> str:
 
 def plain_name(name: str) -> str:
     """A parameter's name in the model before PEFT wrapped it."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
