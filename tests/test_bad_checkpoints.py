@@ -346,7 +346,8 @@ def test_a_key_missing_from_the_quant_state(copy_of, key):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "7", "null", '{"a":' * 500, "{" + " " * 5000 + "}", "\ud800"[:0] + "\xff"]
+    "text",
+    ["", "{", "[]", "7", "null", '{"a":' * 500, "{" + " " * 5000 + "}", "\ud800"[:0] + "\xff"],
 )
 def test_a_quant_state_that_is_no_object(copy_of, text):
     folder = copy_of("double")

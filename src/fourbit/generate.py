@@ -320,9 +320,7 @@ def _require_whole_adapter(model: PeftModel, stored: Set[str], folder: Path) -> 
         check_finite(tensor, name=f"{folder.name}/adapter_model.safetensors {name}")
     zeros = [not tensor.any() for name, tensor in wanted.items() if "lora_B" in name]
     if zeros and all(zeros):
-        warnings.warn(
-            f"{folder}: the adapter changes nothing, every lora_B is zero", stacklevel=2
-        )
+        warnings.warn(f"{folder}: the adapter changes nothing, every lora_B is zero", stacklevel=2)
 
 
 def _adapter_mismatch(folder: Path, what: str) -> ModelError:

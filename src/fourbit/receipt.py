@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
+from fourbit.integrations.experts import LoraExperts
 from fourbit.integrations.peft import lora_layers, saved_modules
 from fourbit.linear import parameter_counts
 
@@ -137,8 +138,8 @@ def packed_digest(model: nn.Module) -> str:
 
 def plain_name(name: str) -> str:
     """A parameter's name in the model before PEFT wrapped it."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
@@ -155,6 +156,8 @@ def adapter_count(model: nn.Module) -> int:
     count = 0
     for layer in lora_layers(model).values():
         in_features, out_features = layer.in_features or 0, layer.out_features or 0
+        if isinstance(layer, LoraExperts):
+            in_features, out_features = (layer.num_experts * n for n in (in_features, out_features))
         for name in layer.lora_A:
             count += layer.r[name] * (in_features + out_features)
             # DoRA's magnitude and a LoRA bias have one value per output

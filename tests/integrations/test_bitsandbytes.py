@@ -135,9 +135,7 @@ def test_from_theirs_to_ours_and_back(names, name, plain, tmp_path):
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize(
-    "names", [FOUR_BIT[0], FOUR_BIT[4], FOUR_BIT[13], EIGHT_BIT], ids=label
-)
+@pytest.mark.parametrize("names", [FOUR_BIT[0], FOUR_BIT[4], FOUR_BIT[13], EIGHT_BIT], ids=label)
 def test_from_ours_to_theirs(names, name, plain, tmp_path):
     # and no further: transformers 5.23 cannot save what it has read in bitsandbytes' format
     ours = load(plain(name), FourbitConfig(**names))
@@ -311,9 +309,7 @@ def test_the_footprint_of_gpt2(kind, gpt2):
     config = FourbitConfig(bnb_4bit_compute_dtype="float16", **names) if names else None
     model = load(gpt2, config, dtype=dtype)
     if wanted is None:
-        blocks = sum(
-            m.weight_absmax.numel() for m in model.modules() if isinstance(m, Linear4bit)
-        )
+        blocks = sum(m.weight_absmax.numel() for m in model.modules() if isinstance(m, Linear4bit))
         layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
         nested = sum(-(-layer.weight_absmax.numel() // 256) for layer in layers)
         wanted = 121_477_632 + blocks + 4 * nested + 4 * len(layers)
