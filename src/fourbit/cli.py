@@ -155,31 +155,19 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
 @click.option("--max-length", type=click.IntRange(8), default=None, help="Tokens in a sequence.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 @_JSON
-def plan(
-    model: str,
-    method: str,
-    r: int | None,
-    num_virtual_tokens: int | None,
-    batch_size: int | None,
-    max_length: int | None,
-    revision: str | None,
-    as_json: bool,
-) -> None:
+def plan(model: str, as_json: bool, **options: Any) -> None:
     """Says what fine-tuning MODEL needs in memory, before anything is loaded."""
     from fourbit.api import plan as make_plan
     from fourbit.settings import load_settings
     from fourbit.training.config import TrainConfig
 
-    given = {
-        "method": method,
-        "lora.r": r,
-        "prompt.num_virtual_tokens": num_virtual_tokens,
-        "batch_size": batch_size,
-        "data.max_length": max_length,
-        "revision": revision,
+    keys = {
+        "r": "lora.r",
+        "num_virtual_tokens": "prompt.num_virtual_tokens",
+        "max_length": "data.max_length",
     }
-    pairs = [(key, str(value)) for key, value in given.items() if value is not None]
-    run = load_settings(TrainConfig, path=None, overrides=pairs).value
+    given = [(keys.get(k, k), str(value)) for k, value in options.items() if value is not None]
+    run = load_settings(TrainConfig, path=None, overrides=given).value
     result = make_plan(model, config=run)
     _show(as_json, result.as_dict(), result.lines())
 

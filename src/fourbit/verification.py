@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from fourbit import checkpoint, files
 from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
-from fourbit.loading import LoadOptions, load_model
 from fourbit.integrations.prompts import PROMPT_KEY
+from fourbit.loading import LoadOptions, load_model
 from fourbit.lora import rank_by_pattern
 from fourbit.methods import base_in_4bit, trains_prompt
 from fourbit.receipt import Receipt, combined_digest, frozen_digests, read_receipt

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 
+from fourbit.errors import ModelError
 from fourbit.generate import Generator, Sampling
 from fourbit.integrations.prompts import (
     PROMPT_KEY,
@@ -24,6 +25,7 @@ from fourbit.integrations.transformers import quantize_model
 from fourbit.linear import parameter_counts
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
+from fourbit.training.adapter import save_adapter
 from fourbit.training.objective import Objective
 from models import documents, gradients, make_batch, tiny_model, tiny_tokenizer
 
@@ -142,8 +144,6 @@ def test_pefts_own_loader_gives_the_same_logits(kind, tmp_path):
     assert torch.equal(saved[PROMPT_KEY], prompt_state(model)[PROMPT_KEY])
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert torch.equal(encode(trained, settings, method=method), saved[PROMPT_KEY])
-    from fourbit.training.adapter import save_adapter
-
     save_adapter(model, tmp_path / "adapter", save_dtype=torch.float32, card="card")
     base = tiny_model("llama").requires_grad_(False)
     quantize_model(base, QuantConfig())
@@ -197,3 +197,14 @@ def test_virtual_tokens_stand_between_padding_and_text():
     assert torch.equal(inputs["inputs_embeds"][0, 2:4], prompt)
     assert torch.equal(inputs["inputs_embeds"][0, 4], words[0, 2])
     assert torch.equal(inputs["inputs_embeds"][1], torch.cat((prompt, words[1])))
+
+
+def test_an_architecture_that_takes_no_embeddings_is_refused_in_one_line():
+    model = tiny_model("llama")
+    model.base_model.forward = lambda input_ids: None
+    with pytest.raises(ModelError) as caught:
+        add_prompt(model, PromptSettings(), method="p_tuning")
+    assert caught.value.line() == (
+        "error[no-prompts] method: llama takes no embeddings that a prompt could stand before;"
+        " fix: use method: qlora"
+    )

@@ -9,6 +9,7 @@ the backbone can be called without the head. Public names of `PeftModel` are use
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -44,6 +45,45 @@ def prompted(model: nn.Module) -> PeftModel | None:
     return None
 
 
+def token_embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """The table that a prompt's virtual tokens stand beside.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    words = model.get_input_embeddings()
+    if not isinstance(words, nn.Embedding):
+        raise _no_prompts(model)
+    return words
+
+
+def _no_prompts(model: PreTrainedModel) -> ModelError:
+    return ModelError(
+        "no-prompts",
+        where="method",
+        what=f"{model.config.model_type} takes no embeddings that a prompt could stand before",
+        fix="use method: qlora",
+    )
+
+
+def _words(model: PeftModel) -> nn.Embedding:
+    words = model.word_embeddings
+    assert isinstance(words, nn.Embedding)
+    return words
+
+
+def _encoder(model: PeftModel) -> nn.Module:
+    encoders = model.prompt_encoder
+    assert isinstance(encoders, nn.ModuleDict)
+    return encoders[str(model.active_adapter)]
+
+
+def _embedding(model: PeftModel) -> nn.Embedding:
+    embedding = _encoder(model).embedding
+    assert isinstance(embedding, nn.Embedding)
+    return embedding
+
+
 def add_prompt(
     model: PreTrainedModel,
     settings: PromptSettings,
@@ -63,8 +103,10 @@ def add_prompt(
     Raises:
         ModelError: the architecture takes no embeddings as input.
     """
-    words = model.get_input_embeddings()
-    config = _config(settings, method, words.weight.shape[1])
+    words = token_embeddings(model)
+    if "inputs_embeds" not in inspect.signature(model.base_model.forward).parameters:
+        raise _no_prompts(model)
+    config = _config(settings, method, words.embedding_dim)
     # PEFT asks for both of every model; only prefixes of attention use them.
     text = model.config.get_text_config()
     config.num_layers = getattr(text, "num_hidden_layers", None) or 1
@@ -76,17 +118,11 @@ def add_prompt(
     assert isinstance(wrapped, PeftModel)
     wrapped.prompt_tokens["default"] = torch.arange(settings.num_virtual_tokens, device="cpu")
     if wrapped.word_embeddings is not words:
-        raise ModelError(
-            "no-prompts",
-            where="method",
-            what=f"PEFT finds no token embeddings in {model.config.model_type}",
-            fix="use method: qlora",
-        )
+        raise _no_prompts(model)
     if init_ids is not None:
-        encoder = wrapped.prompt_encoder["default"]
         with torch.no_grad():
             start = words(torch.tensor(init_ids, device=words.weight.device))
-            encoder.embedding.weight.copy_(start)
+            _embedding(wrapped).weight.copy_(start)
     return wrapped
 
 
@@ -115,7 +151,10 @@ def _config(
 def prompt_length(model: nn.Module) -> int:
     """Positions the prompt takes; 0 without one."""
     wrapper = prompted(model)
-    return wrapper.active_peft_config.num_virtual_tokens if wrapper is not None else 0
+    if wrapper is None:
+        return 0
+    config: Any = wrapper.active_peft_config
+    return config.num_virtual_tokens
 
 
 def name_start(model: PeftModel, settings: PromptSettings, *, tokenizer: str) -> None:
@@ -136,15 +175,14 @@ def require_prompt_fits(model: nn.Module) -> None:
     wrapper = prompted(model)
     if wrapper is None:
         return
-    found = wrapper.prompt_encoder[wrapper.active_adapter].embedding.weight.shape[1]
-    wanted = wrapper.word_embeddings.weight.shape[1]
+    found, wanted = _embedding(wrapper).embedding_dim, _words(wrapper).embedding_dim
     if found != wanted:
         raise ValueError(f"its virtual tokens have {found} values, the model's tokens {wanted}")
 
 
 def with_prompt(model: PeftModel, ids: Tensor) -> Tensor:
     """``[B, V + T, H]``: the prompt, then the embeddings of ``ids [B, T]``, in their dtype."""
-    words = model.word_embeddings(ids)
+    words = _words(model)(ids)
     prompt = model.get_prompt(batch_size=ids.shape[0]).to(words.dtype)
     return torch.cat((prompt, words), dim=1)
 
@@ -160,7 +198,7 @@ def generation_inputs(model: PeftModel, ids: Tensor, mask: Tensor) -> dict[str, 
         ids: ``[B, T]``, padded on the left.
         mask: ``[B, T]``, 0 on padding.
     """
-    words = model.word_embeddings(ids)
+    words = _words(model)(ids)
     prompt = model.get_prompt(batch_size=ids.shape[0]).to(words.dtype)
     padding = (mask == 0).sum(1).tolist()
     rows = [
@@ -181,7 +219,7 @@ def prompt_state(model: nn.Module) -> dict[str, Tensor] | None:
     wrapper = prompted(model)
     if wrapper is None:
         return None
-    encoder = wrapper.prompt_encoder[wrapper.active_adapter]
+    encoder = _encoder(wrapper)
     training = encoder.training
     encoder.eval()
     prompt = wrapper.get_prompt_embedding_to_save(str(wrapper.active_adapter))
@@ -195,7 +233,7 @@ def prompt_count(model: nn.Module) -> int | None:
     if wrapper is None:
         return None
     config: Any = wrapper.active_peft_config
-    width = wrapper.word_embeddings.weight.shape[1]
+    width = _words(wrapper).embedding_dim
     if config.peft_type == PeftType.PROMPT_TUNING:
         return prompt_parameters(config.num_virtual_tokens, width)
     if config.peft_type != PeftType.P_TUNING:

@@ -124,12 +124,16 @@ class TrainConfig(Settings):
             unread += [f"prompt.{name}" for name in self.prompt.unread(self.method)]
         if unread:
             raise ValueError(f"{', '.join(unread)}: not read by method {self.method}; remove it")
-        if trains_prompt(self.method) and self.data.packing:
-            if "packing" in self.data.model_fields_set:
-                raise ValueError(
-                    f"data.packing: true does not go with method {self.method}, whose prompt"
-                    " begins every row; remove it"
-                )
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_not_packed(self) -> TrainConfig:
+        asked = self.data.packing and "packing" in self.data.model_fields_set
+        if asked and trains_prompt(self.method):
+            raise ValueError(
+                f"data.packing: true does not go with method {self.method}, whose prompt begins"
+                " every row; remove it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit.errors import InputError
-from fourbit.integrations.prompts import add_prompt, name_start
+from fourbit.integrations.prompts import add_prompt, name_start, token_embeddings
 from fourbit.methods import DEFAULT_LR, trains_prompt
 from fourbit.training.config import TrainConfig
 
@@ -98,7 +98,7 @@ def inject_prompt(
     torch.manual_seed(config.seed)
     ids = None
     if config.method == "prompt_tuning":
-        ids = start_ids(config, tokenizer, rows=model.get_input_embeddings().weight.shape[0])
+        ids = start_ids(config, tokenizer, rows=token_embeddings(model).num_embeddings)
     wrapped = add_prompt(model, config.prompt, method=config.method, init_ids=ids)
     wrapped.peft_config["default"].base_model_name_or_path = base
     if config.method == "prompt_tuning":
