@@ -18,7 +18,7 @@ from fourbit.integrations.peft import add_adapter
 from fourbit.integrations.prompts import add_prompt
 from fourbit.integrations.transformers import enable_checkpointing, quantize_model
 from fourbit.lora import LoraSettings
-from fourbit.methods import base_in_4bit, trains_prompt
+from fourbit.methods import quantized_base, trains_prompt
 from fourbit.optim import OptimConfig, build_optimizer
 from fourbit.planner import TrainingShape, plan_training
 from fourbit.prompts import PromptSettings
@@ -61,7 +61,7 @@ def trained_model(name, shape=SHAPE):
     if full:
         return model.requires_grad_(True).train()
     model.requires_grad_(False)
-    if base_in_4bit(shape.method):
+    if quantized_base(shape.method):
         quantize_model(model, shape.quant)
     if trains_prompt(shape.method):
         return add_prompt(model, shape.prompt, method=shape.method).train()

@@ -7,11 +7,11 @@ from typing import Literal
 
 Method = Literal["qlora", "lora", "full", "prompt_tuning", "p_tuning"]
 
-_FOUR_BIT = frozenset({"qlora", "prompt_tuning", "p_tuning"})
+_QUANTIZED = frozenset({"qlora", "prompt_tuning", "p_tuning"})
 _PROMPT = frozenset({"prompt_tuning", "p_tuning"})
 
 READ_BY: Mapping[str, frozenset[str]] = {
-    "quant": _FOUR_BIT,
+    "quant": _QUANTIZED,
     "lora": frozenset({"qlora", "lora"}),
     "prompt": _PROMPT,
 }
@@ -21,9 +21,9 @@ DEFAULT_LR: Mapping[str, float] = {"prompt_tuning": 3e-2, "p_tuning": 1e-3}
 """Peak learning rates of the methods for which that of `OptimConfig` is far too small."""
 
 
-def base_in_4bit(method: str) -> bool:
-    """Whether the method trains on a frozen 4-bit base."""
-    return method in _FOUR_BIT
+def quantized_base(method: str) -> bool:
+    """Whether the method trains on a frozen base of 4 (or 8) bits."""
+    return method in _QUANTIZED
 
 
 def trains_prompt(method: str) -> bool:

@@ -27,9 +27,9 @@ from fourbit.integrations.transformers import (
     enable_checkpointing,
     quantize_model,
 )
-from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.linear import parameter_counts
 from fourbit.lora import LoraSettings
-from fourbit.methods import Method, base_in_4bit, trains_prompt
+from fourbit.methods import Method, quantized_base, trains_prompt
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 
@@ -170,7 +170,7 @@ def _skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
     model: nn.Module = base
     if not full:
         base.requires_grad_(False)
-        if base_in_4bit(shape.method):
+        if quantized_base(shape.method):
             quantize_model(base, shape.quant)
         if trains_prompt(shape.method):
             model = add_prompt(base, shape.prompt, method=shape.method)
@@ -225,7 +225,7 @@ def _activations(model: nn.Module, shape: TrainingShape, *, recompute: bool) -> 
     if recompute:
         enable_checkpointing(inner)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    autocast = shape.dtype != torch.float32 and not base_in_4bit(shape.method)
+    autocast = shape.dtype != torch.float32 and not quantized_base(shape.method)
     with _counting(own) as kept, torch.autocast("cpu", shape.dtype, enabled=autocast):
         _forward(model, shape)
     saved = sum(kept.values())
@@ -274,12 +274,12 @@ def _logits(config: PretrainedConfig, shape: TrainingShape) -> int:
 def _workspace(model: nn.Module, shape: TrainingShape) -> int:
     """The largest weight dequantized, and the gradients passing through the widest layer."""
     element = torch.finfo(shape.dtype).bits // 8
-    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Linear4bit))]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     largest = max((m.in_features * m.out_features for m in linears), default=0)
     # The head is multiplied in chunks and not dequantized; the widest block layer decides.
     widths = sorted((m.in_features + m.out_features for m in linears), reverse=True)
     inner = [w for w in widths if w < 8 * widths[-1]] or widths
-    weight = largest * element if base_in_4bit(shape.method) else 0
+    weight = largest * element if quantized_base(shape.method) else 0
     return weight + 4 * shape.batch_size * shape.positions * max(inner, default=0) * element
 
 

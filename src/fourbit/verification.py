@@ -15,7 +15,7 @@ from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.integrations.prompts import PROMPT_KEY
 from fourbit.loading import LoadOptions, load_model
 from fourbit.lora import rank_by_pattern
-from fourbit.methods import base_in_4bit, trains_prompt
+from fourbit.methods import quantized_base, trains_prompt
 from fourbit.receipt import Receipt, combined_digest, frozen_digests, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
@@ -230,7 +230,7 @@ def _check_base(receipt: Receipt, config: TrainConfig, stored: Receipt) -> None:
             config.model, revision=stored.facts.get("base_revision") or config.revision
         )
         options = LoadOptions(
-            quant=config.quant if base_in_4bit(config.method) else None,
+            quant=config.quant if quantized_base(config.method) else None,
             dtype=devices.resolve_precision(config.precision, device),
             trust_remote_code=config.trust_remote_code,
         )

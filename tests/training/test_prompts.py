@@ -371,7 +371,12 @@ def test_watch_catches_a_weight_of_the_base_that_is_trained_along(model_folder):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"precision": "bf16", "save_dtype": "bf16"}, {"gradient_checkpointing": "all"}]
+    "changes",
+    [
+        {"precision": "bf16", "save_dtype": "bf16"},
+        {"gradient_checkpointing": "all"},
+        {"quant": {"quant_type": "int8"}},
+    ],
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_other_precisions_and_recomputation_train_too(method, changes, model_folder, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fourbit import __version__
-from fourbit.methods import base_in_4bit
+from fourbit.methods import quantized_base
 from fourbit.sources import ModelSource
 from fourbit.training.config import TrainConfig
 
@@ -28,7 +28,7 @@ def model_card(config: TrainConfig, source: ModelSource, facts: Mapping[str, Any
     base = f"`{source.name}`" + (f" at revision `{source.revision}`" if source.revision else "")
     stored = "16/32-bit weights"
     quant = ""
-    if base_in_4bit(config.method):
+    if quantized_base(config.method):
         q = config.quant
         stored = f"{q.quant_type}, blocksize {q.blocksize}, double_quant {q.double_quant}"
         quant = (

@@ -26,9 +26,10 @@ from fourbit.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    stored_quantization,
     unquantized_tensors,
 )
-from fourbit.methods import base_in_4bit, trains_prompt
+from fourbit.methods import quantized_base, trains_prompt
 from fourbit.optim import build_optimizer
 from fourbit.receipt import Receipt, Watch, read_receipt
 from fourbit.rundir import RunDir
@@ -212,6 +213,7 @@ class _Run:
         self.source = resolve_source(self.config.model, revision=self.config.revision)
         trust = self.config.trust_remote_code
         self.model_config = load_config(self.source, trust_remote_code=trust)
+        self._adopt_stored_format()
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust)
         self.context = text_context(self.config, self.model_config)
         self._cap_length()
@@ -223,6 +225,25 @@ class _Run:
         for note in notes:
             self.origins[note.key] = note.origin
             self.say.line(note.line)
+
+    def _adopt_stored_format(self) -> None:
+        """A base that is quantized already keeps its bytes; only some methods can use it."""
+        stored = stored_quantization(self.source)
+        if stored is None:
+            return
+        kind = stored.quant.quant_type
+        if self.config.method in ("lora", "full"):
+            raise InputError(
+                "quantized-base",
+                where="method",
+                what=f"{self.config.model} is already quantized ({kind}),"
+                f" method {self.config.method} trains 16-bit weights",
+                fix="use method: qlora, or the 16-bit model",
+            )
+        quant = stored.quant.model_copy(update={"compute_dtype": self.config.quant.compute_dtype})
+        self.config = self.config.model_copy(update={"quant": quant})
+        self.origins["quant.quant_type"] = "the checkpoint"
+        self.say.line(f"the base is already quantized: {kind}, its bytes are used as they are")
 
     def _cap_length(self) -> None:
         """A default length above the model's context is no wish: it becomes the context."""
@@ -290,14 +311,14 @@ class _Run:
         began = time.perf_counter()
         full = config.method == "full"
         options = LoadOptions(
-            quant=config.quant if base_in_4bit(config.method) else None,
+            quant=config.quant if quantized_base(config.method) else None,
             dtype=torch.float32 if full else self.dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
         base = load_model(self.source, options)
         self.say.line(f"loaded in {time.perf_counter() - began:.1f} s")
-        if base_in_4bit(config.method):
+        if quantized_base(config.method):
             for tensor in unquantized_tensors(base):
                 self.say.line(
                     f"not quantized: {tensor.name}, {human_bytes(tensor.bytes)}"
@@ -323,8 +344,8 @@ class _Run:
 
     def _assemble(self) -> None:
         config = self.config
-        four_bit = base_in_4bit(config.method)
-        mixed = not four_bit or _trains_outside_adapters(self.model)
+        quantized = quantized_base(config.method)
+        mixed = not quantized or _trains_outside_adapters(self.model)
         autocast = self.dtype if mixed and self.dtype != torch.float32 else None
         self.objective = Objective(self.model, autocast)
         batches = self._batches(self.data.train, seed=config.seed)
