@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import peft
@@ -13,7 +15,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import fourbit
-from commands import write_config
+from commands import fourbit as fourbit_command
+from commands import start, write_config
 from fourbit import checkpoint
 from fourbit.errors import InputError, ModelError, VerificationFailed
 from fourbit.files import sha256_of
@@ -264,6 +267,26 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
     assert sha256_of(cut / "adapter" / ADAPTER) == sha256_of(whole / "adapter" / ADAPTER)
     assert [line["step"] for line in RunDir(cut).read_metrics()] == [0, 1, 2, 3, 4, 5, 6]
     assert fourbit.verify(cut).ok
+
+
+@pytest.mark.slow
+def test_sigkill_then_resume(model_folder, tmp_path):
+    prompt = {"num_virtual_tokens": 4, "encoder_hidden_size": 8}
+    changes = {"prompt": prompt, "max_steps": 30}
+    whole = config_of(tmp_path / "whole", model_folder("llama"), "p_tuning", **changes)
+    cut = config_of(tmp_path / "cut", model_folder("llama"), "p_tuning", **changes)
+    process = start("train", cut)
+    log = RunDir(cut.parent / "run")
+    while process.poll() is None and len(log.read_metrics()) < 5:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    for path in (whole, cut):
+        done = fourbit_command("train", path, "--resume", "auto")
+        assert done.returncode == 0, done.stderr
+    digests = {sha256_of(c.parent / "run" / "adapter" / ADAPTER) for c in (whole, cut)}
+    assert len(digests) == 1
 
 
 def test_other_prompt_settings_are_no_resume(finished):
