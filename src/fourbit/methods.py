@@ -17,7 +17,7 @@ READ_BY: Mapping[str, frozenset[str]] = {
 }
 """Settings sections that only some methods read."""
 
-DEFAULT_LR: Mapping[str, float] = {"prompt_tuning": 3e-2, "p_tuning": 1e-3}
+DEFAULT_LR: Mapping[str, float] = {"prompt_tuning": 3e-2, "p_tuning": 3e-3}
 """Peak learning rates of the methods for which that of `OptimConfig` is far too small."""
 
 
