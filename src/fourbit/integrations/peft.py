@@ -7,6 +7,9 @@ Hooks used, each with a test in ``tests/integrations/test_peft.py``:
   ``model.add_adapter``, ``load_adapter`` and TRL. (``LoraConfig._register_custom_module`` is the
   documented way, but holds for one config object only and is not saved.)
 - ``PeftModel.get_nb_trainable_parameters`` is wrapped: it would count packed bytes as parameters.
+- ``convert_peft_config_for_transformers`` is wrapped: on some mixtures it reads ``gate_proj`` as
+  the experts' and leaves the shared expert's layers without adapters. On packed experts, what is
+  named is what is targeted; experts are named in ``target_parameters``.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils import transformers_weight_conversion as weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError, ModelError
-from fourbit.linear import Linear4bit, QuantizedLinear, parameter_counts
+from fourbit.integrations.experts import LoraExperts
+from fourbit.linear import Linear4bit, QuantizedLinear, expert_stacks, parameter_counts
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
@@ -113,6 +118,8 @@ def install() -> None:
             target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
         ) -> nn.Module | None:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            if kwargs.get("parameter_name") in expert_stacks(base):
+                return LoraExperts(target, adapter_name, config=config, **kwargs)
             if isinstance(base, QuantizedLinear) and kwargs.get("parameter_name") is None:
                 kwargs.pop("parameter_name", None)
                 return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
@@ -121,6 +128,7 @@ def install() -> None:
         setattr(dispatch_fourbit, _MARK, True)
         peft_lora_model.dispatch_default = dispatch_fourbit  # pyright: ignore[reportPrivateImportUsage]
 
+    _install_literal_targets()
     count = PeftModel.get_nb_trainable_parameters
     if not getattr(count, _MARK, False):
 
@@ -133,6 +141,19 @@ def install() -> None:
         PeftModel.get_nb_trainable_parameters = count_fourbit
 
 
+def _install_literal_targets() -> None:
+    convert = weight_conversion.convert_peft_config_for_transformers
+    if getattr(convert, _MARK, False):
+        return
+
+    def convert_fourbit(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+        if not any(expert_stacks(module) for module in model.modules()):
+            convert(peft_config, model, conversions)
+
+    setattr(convert_fourbit, _MARK, True)
+    weight_conversion.convert_peft_config_for_transformers = convert_fourbit
+
+
 def lora_config(settings: LoraSettings, *, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
     """The PEFT configuration of ``settings``."""
     return LoraConfig(
@@ -140,6 +161,7 @@ def lora_config(settings: LoraSettings, *, task_type: str | None = "CAUSAL_LM") 
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats in practice
         lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules,
+        target_parameters=settings.target_parameters,
         exclude_modules=settings.exclude_modules,
         modules_to_save=settings.modules_to_save,
         rank_pattern=dict(settings.rank_pattern),
