@@ -20,6 +20,8 @@ FLOORS = [
     {"quantize"},
     {"linear"},
     {"lora", "loss", "optim"},
+    {"integrations.starts", "integrations.merging"},
+    {"integrations.tuners"},
     {"integrations.peft"},
     {"integrations.transformers", "integrations.gguf", "receipt"},
     {"sources", "data", "integrations.trainer"},

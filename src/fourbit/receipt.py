@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
-from fourbit.integrations.peft import lora_layers, saved_modules
+from fourbit.integrations.peft import lora_layers, plain_name, saved_modules
 from fourbit.linear import parameter_counts
 
+START = ".lora_start_"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -121,7 +122,12 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
     tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     persistent = model.state_dict(keep_vars=True).keys()
     tensors |= {name: b for name, b in model.named_buffers() if name in persistent}
-    return {plain_name(name): tensor_digest(tensor) for name, tensor in tensors.items()}
+    return {
+        plain_name(name): tensor_digest(tensor)
+        for name, tensor in tensors.items()
+        # the fixed half of a PiSSA or OLoRA adapter: saved with it, no part of the base
+        if START not in name
+    }
 
 
 def packed_digest(model: nn.Module) -> str:
@@ -133,12 +139,6 @@ def packed_digest(model: nn.Module) -> str:
             if not parameter.is_floating_point()
         }
     )
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model before PEFT wrapped it."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:

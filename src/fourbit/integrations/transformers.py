@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -367,20 +368,32 @@ def _as_linear(conv: Conv1D) -> nn.Linear:
 
 
 def quantize_model(
-    model: PreTrainedModel, quant: QuantConfig, *, compute_dtype: torch.dtype | None = None
+    model: PreTrainedModel | PeftModel,
+    quant: QuantConfig,
+    *,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Quantizes a model that is already in memory (or on meta), in place.
 
-    The output head, tied weights and embeddings stay as they are.
+    The output head, tied weights and embeddings stay as they are. On a model with LoRA adapters
+    only the base is quantized; an adapter made on the 16-bit weights with PiSSA, OLoRA or a start
+    that looks at data keeps its values, and what it left of the base is rounded with less error.
 
     Returns:
         The names of the quantized layers.
+
+    Raises:
+        InputError: the model carries adapters of another kind than LoRA, or merged ones.
     """
+    base = peft_hooks.base_model(model)
+    peft_hooks.check_quantizable(model)
     skip = HfQuantizer.get_modules_to_not_convert(
-        model, keep_in_fp32_modules=list(model._keep_in_fp32_modules or [])
+        base, keep_in_fp32_modules=list(base._keep_in_fp32_modules or [])
     )
-    replaced = replace_linears(model, quant, compute_dtype=compute_dtype, skip=skip)
+    skip += peft_hooks.adapter_modules(base)
+    replaced = replace_linears(base, quant, compute_dtype=compute_dtype, skip=skip)
     install()
+    peft_hooks.fuse(base)
     return replaced
 
 
