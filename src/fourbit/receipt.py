@@ -160,6 +160,8 @@ def adapter_count(model: nn.Module) -> int:
             # DoRA's magnitude and a LoRA bias have one value per output
             extras = (name in layer.lora_magnitude_vector) + bool(layer.lora_bias.get(name))
             count += extras * out_features
+            # AdaLoRA's singular values
+            count += layer.r[name] * (name in getattr(layer, "lora_E", ()))
     for wrapper in saved_modules(model).values():
         for name in wrapper.active_adapters:
             count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())

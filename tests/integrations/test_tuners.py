@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fourbit.errors import InputError
+from fourbit.errors import InputError, VerificationFailed
 from fourbit.integrations.merging import FloatLinear
 from fourbit.integrations.peft import LoraLinear4bit, add_adapter
 from fourbit.integrations.starts import orthogonal_pair, principal_part
@@ -33,6 +33,7 @@ from fourbit.integrations.tuners import SUPPORTED
 from fourbit.linear import Linear4bit
 from fourbit.lora import LoraSettings
 from fourbit.quantize import QuantConfig
+from fourbit.receipt import watch
 from models import tiny_model
 
 FP32 = {"rtol": 2e-4, "atol": 2e-5}
@@ -97,6 +98,7 @@ METHODS = {
     ),
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=4, target_modules=TARGETS),
     "FOURIERFT": lambda: peft.FourierFTConfig(n_frequency=20, target_modules=TARGETS),
+    "GRALORA": lambda: peft.GraloraConfig(r=4, gralora_k=2, target_modules=TARGETS),
     "IA3": lambda: peft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
@@ -726,6 +728,58 @@ def test_prompts_train_save_and_reload(kind: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantized(), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("method", ["ADALORA", "IA3", "VERA", "pissa", "dora", "prompt"])
+def test_the_three_usual_checks_and_the_receipt_in_an_own_loop(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {
+        "pissa": lambda: config(init_lora_weights="pissa"),
+        "dora": lambda: config(use_dora=True),
+        "prompt": lambda: copy.deepcopy(PROMPTS["prompt"]),
+    } | METHODS
+    model = get_peft_model(quantized(), made[method]()).train()
+    # 1: few parameters are trained
+    model.print_trainable_parameters()
+    share = float(capsys.readouterr().out.rsplit("trainable%: ", 1)[1])
+    assert 0 < share < 20
+    # 2: the optimizer holds these and nothing else
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.01)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    # 3: the base is what it was
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    with watch(model, optimizer) as receipt:
+        for _ in range(3):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    after = dict(model.named_parameters())
+    assert base
+    assert all(torch.allclose(after[n], p) for n, p in base.items())
+    assert receipt.ok
+    assert {check.name for check in receipt.checks} >= {"base_unchanged", "adapters_moved"}
+
+
+def test_a_merge_inside_the_loop_shows_in_the_receipt() -> None:
+    model = get_peft_model(quantized(), config()).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+    def loop(*, unmerge: bool) -> None:
+        with watch(model, optimizer):
+            for _ in range(2):
+                model(input_ids=IDS, labels=IDS).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            model.merge_adapter()
+            if unmerge:
+                model.unmerge_adapter()
+
+    loop(unmerge=True)
+    with pytest.raises(VerificationFailed, match="base_unchanged"):
+        loop(unmerge=False)
 
 
 def test_switching_adapters_in_every_order() -> None:

@@ -44,6 +44,7 @@ SUPPORTED = frozenset(
         "ADALORA",
         "BOFT",
         "FOURIERFT",
+        "GRALORA",
         "IA3",
         "LN_TUNING",
         "LORA",

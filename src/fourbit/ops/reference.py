@@ -157,7 +157,10 @@ def linear_4bit(
         x.dtype,
     )
     with _no_autocast(x):
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    # A view could not be changed in place by whoever calls the layer, as AdaLoRA does.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])
 
 
 @default_kernel("lora_linear_4bit")
