@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from fourbit.integrations.transformers import FourbitConfig as FourbitConfig
     from fourbit.integrations.transformers import quantize_model as quantize_model
     from fourbit.linear import Linear4bit as Linear4bit
+    from fourbit.linear import Linear8bit as Linear8bit
     from fourbit.loading import load as load
     from fourbit.lora import LoraSettings as LoraSettings
     from fourbit.optim import OptimConfig as OptimConfig
     from fourbit.quantize import QuantConfig as QuantConfig
     from fourbit.quantize import QuantState as QuantState
     from fourbit.quantize import dequantize_4bit as dequantize_4bit
+    from fourbit.quantize import dequantize_int8 as dequantize_int8
     from fourbit.quantize import quantize_4bit as quantize_4bit
+    from fourbit.quantize import quantize_int8 as quantize_int8
     from fourbit.receipt import Receipt as Receipt
     from fourbit.receipt import watch as watch
     from fourbit.training.config import TrainConfig as TrainConfig
@@ -37,6 +40,7 @@ _HOMES = {
     "FourbitConfig": "fourbit.integrations.transformers",
     "FourbitError": "fourbit.errors",
     "Linear4bit": "fourbit.linear",
+    "Linear8bit": "fourbit.linear",
     "LoraSettings": "fourbit.lora",
     "OptimConfig": "fourbit.optim",
     "QuantConfig": "fourbit.quantize",
@@ -46,9 +50,11 @@ _HOMES = {
     "TrainConfig": "fourbit.training.config",
     "TrainResult": "fourbit.training.run",
     "dequantize_4bit": "fourbit.quantize",
+    "dequantize_int8": "fourbit.quantize",
     "load": "fourbit.loading",
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
+    "quantize_int8": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
     "train": "fourbit.training.run",
     "verify": "fourbit.api",
@@ -61,6 +67,7 @@ __all__ = [
     "FourbitConfig",
     "FourbitError",
     "Linear4bit",
+    "Linear8bit",
     "LoraSettings",
     "OptimConfig",
     "QuantConfig",
@@ -70,9 +77,11 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "dequantize_4bit",
+    "dequantize_int8",
     "load",
     "plan",
     "quantize_4bit",
+    "quantize_int8",
     "quantize_model",
     "train",
     "verify",

@@ -30,7 +30,7 @@ from fourbit.integrations.peft import LoraLinear4bit, add_adapter
 from fourbit.integrations.starts import orthogonal_pair, principal_part
 from fourbit.integrations.transformers import quantize_model
 from fourbit.integrations.tuners import SUPPORTED
-from fourbit.linear import Linear4bit
+from fourbit.linear import Linear4bit, QuantizedLinear
 from fourbit.lora import LoraSettings
 from fourbit.quantize import QuantConfig
 from fourbit.receipt import watch
@@ -44,9 +44,11 @@ TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 PRINCIPAL = ["pissa", "pissa_niter_4", "olora"]
 
 
-def quantized(name: str = "qwen2", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def quantized(
+    name: str = "qwen2", dtype: torch.dtype = torch.float32, quant_type: str = "nf4"
+) -> PreTrainedModel:
     model = tiny_model(name, dtype=dtype)
-    quantize_model(model, QuantConfig())
+    quantize_model(model, QuantConfig.model_validate({"quant_type": quant_type}))
     return model
 
 
@@ -83,7 +85,7 @@ def packed_bytes(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": p.clone()
         for name, module in model.named_modules()
-        if isinstance(module, Linear4bit)
+        if isinstance(module, QuantizedLinear)
         for key, p in module.named_parameters()
     }
 
@@ -168,7 +170,7 @@ def test_a_method_computes_what_it_computes_on_the_float_weights(
     assert equal_tables(packed_bytes(ours), before)
     torch.testing.assert_close(logits(ours), adapted, **FP32)
     merged = ours.merge_and_unload()
-    assert not [m for m in merged.modules() if isinstance(m, (Linear4bit, FloatLinear))]
+    assert not [m for m in merged.modules() if isinstance(m, (QuantizedLinear, FloatLinear))]
     torch.testing.assert_close(logits(merged), adapted, rtol=1e-3, atol=1e-4)
 
 
@@ -362,6 +364,33 @@ def test_a_merged_model_can_be_copied_and_cast() -> None:
     integers = {k: v for k, v in before.items() if not v.is_floating_point()}
     after = {k: v for k, v in packed_bytes(twin).items() if not v.is_floating_point()}
     assert equal_tables(integers, after)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "pissa", "IA3", "VERA", "ADALORA", "BOFT"])
+def test_int8_layers_take_the_same_methods(kind: str, tmp_path: Path) -> None:
+    made = {
+        "plain": lambda: config(),
+        "dora": lambda: config(use_dora=True),
+        "pissa": lambda: config(init_lora_weights="pissa"),
+    } | METHODS
+    base = quantized(quant_type="int8")
+    before, plain = list(packed_bytes(base).values()), logits(base)
+    model = get_peft_model(base, made[kind]())
+    if kind == "pissa":
+        torch.testing.assert_close(logits(model.eval()), plain, **FP32)
+    shake(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    adapted = logits(model.eval())
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(quantized(quant_type="int8"), str(tmp_path)).eval()
+    torch.testing.assert_close(logits(loaded), adapted, **FP32)
+    model.merge_adapter()  # in float the inputs are not rounded to 8 bits either
+    assert (logits(model) - adapted).norm() < 0.05 * adapted.norm()
+    model.unmerge_adapter()
+    assert all(x.equal(y) for x, y in zip(before, packed_bytes(model).values(), strict=True))
+    merged = model.merge_and_unload()
+    assert not [m for m in merged.modules() if isinstance(m, QuantizedLinear)]
 
 
 # ---- starts from the weight

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fourbit.linear import Linear4bit, autocast_input
+from fourbit.linear import QuantizedLinear, autocast_input
 
 _COST = (
     "merged layers hold their weight in 16 or 32 bits, about four times the packed bytes or more,"
@@ -30,9 +30,9 @@ _COST = (
 class FloatLinear(nn.Linear):
     """What a tuner's layer sits on while adapters are merged; ``packed`` is what it replaces."""
 
-    packed: Linear4bit
+    packed: QuantizedLinear
 
-    def __init__(self, packed: Linear4bit) -> None:
+    def __init__(self, packed: QuantizedLinear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = packed.in_features, packed.out_features
         # Not a submodule: the packed bytes are neither parameters nor state while merged.
@@ -58,7 +58,7 @@ class FourbitBackend(QuantizationBackend):
 
     def get_base_weight(self, base_layer: nn.Module) -> Tensor:
         """The float weight ``[out, in]``."""
-        if isinstance(base_layer, Linear4bit):
+        if isinstance(base_layer, QuantizedLinear):
             return base_layer.dequantize()
         assert isinstance(base_layer, nn.Linear)
         return base_layer.weight.data
@@ -121,11 +121,11 @@ class ExactMerge:
         restore_packed(layer)
 
 
-def packed_base(layer: BaseTunerLayer) -> Linear4bit | None:
+def packed_base(layer: BaseTunerLayer) -> QuantizedLinear | None:
     """The packed layer under a tuner's layer, merged or not."""
     base = layer.get_base_layer()
     base = base.packed if isinstance(base, FloatLinear) else base
-    return base if isinstance(base, Linear4bit) else None
+    return base if isinstance(base, QuantizedLinear) else None
 
 
 def _holder(layer: Any) -> Any:
@@ -160,7 +160,7 @@ def float_model(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, FloatLinear):
             packed = module.packed
-        elif isinstance(module, Linear4bit):
+        elif isinstance(module, QuantizedLinear):
             packed, module = module, FloatLinear(module)
         else:
             continue
@@ -169,9 +169,9 @@ def float_model(model: nn.Module) -> None:
         _forget_quantization(model)
 
 
-def _plain(merged: FloatLinear, packed: Linear4bit, dtype: torch.dtype) -> nn.Module:
+def _plain(merged: FloatLinear, packed: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
-        layer = (
+        layer: nn.Module = (
             Conv1D(packed.out_features, packed.in_features)
             if packed.transposed_source
             else nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)

@@ -38,14 +38,14 @@ from fourbit.integrations.starts import (
     principal,
     principal_part,
 )
-from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.linear import Linear4bit, QuantizedLinear, parameter_counts
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
 
 
 class LoraLinear4bit(ExactMerge, PeftLoraLinear):
-    """PEFT's LoRA layer on a `Linear4bit`: same module tree and files, fused arithmetic.
+    """PEFT's LoRA layer on a packed base: same module tree and files, fused arithmetic in 4 bits.
 
     One active, unmerged, plain adapter takes the fused operation, one that starts from the weights
     (`fourbit.integrations.starts`) too; everything else (several adapters, DoRA, mixed batches,
@@ -101,6 +101,8 @@ class LoraLinear4bit(ExactMerge, PeftLoraLinear):
 
     def orthogonal_init(self, adapter_name: str) -> None:
         """Random A and B with B·A = 0."""
+        assert self.in_features is not None
+        assert self.out_features is not None
         A, B = orthogonal_pair(self.in_features, self.out_features, r=self.r[adapter_name])
         if not _weight(self.lora_A[adapter_name]).is_meta:
             _weight(self.lora_A[adapter_name]).data = A
@@ -179,7 +181,7 @@ def install() -> None:
             target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
         ) -> nn.Module | None:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            if isinstance(base, Linear4bit) and kwargs.get("parameter_name") is None:
+            if isinstance(base, QuantizedLinear) and kwargs.get("parameter_name") is None:
                 kwargs.pop("parameter_name", None)
                 return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
             return dispatch(target, adapter_name, config=config, **kwargs)
@@ -191,7 +193,7 @@ def install() -> None:
     if not getattr(count, _MARK, False):
 
         def count_fourbit(self: PeftModel) -> tuple[int, int]:
-            if any(isinstance(module, Linear4bit) for module in self.modules()):
+            if any(isinstance(module, QuantizedLinear) for module in self.modules()):
                 return parameter_counts(self)
             return count(self)
 
@@ -224,8 +226,8 @@ def adapter_modules(model: nn.Module) -> list[str]:
     return [
         f"{name}.{child}"
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-        for child, _ in module.named_children()
+        if isinstance(module, nn.Module) and isinstance(module, BaseTunerLayer)
+        for child in module._modules
         if child != "base_layer"
     ]
 
@@ -233,7 +235,7 @@ def adapter_modules(model: nn.Module) -> list[str]:
 def fuse(model: nn.Module) -> None:
     """Gives PEFT's LoRA layers whose base has just been quantized our arithmetic."""
     for module in model.modules():
-        if type(module) is PeftLoraLinear and isinstance(module.get_base_layer(), Linear4bit):
+        if type(module) is PeftLoraLinear and isinstance(module.get_base_layer(), QuantizedLinear):
             # The object stays: an optimizer or a hook may already know it.
             module.__class__ = LoraLinear4bit
             module.fan_in_fan_out = module.is_target_conv_1d_layer = False
@@ -260,7 +262,7 @@ def lora_config(settings: LoraSettings, *, task_type: str | None = "CAUSAL_LM") 
         alpha_pattern=dict(settings.alpha_pattern),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,
+        init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]  # checked there
         task_type=task_type,
     )
 
@@ -302,7 +304,7 @@ def _check_start_on(
 ) -> None:
     if not principal(settings.init_lora_weights):
         return
-    plain = [n for n in targets if not isinstance(model.get_submodule(n), Linear4bit)]
+    plain = [n for n in targets if not isinstance(model.get_submodule(n), QuantizedLinear)]
     if plain:
         # PEFT would change the base's weights, and the run could be neither verified nor reloaded.
         raise InputError(

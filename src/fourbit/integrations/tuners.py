@@ -35,7 +35,7 @@ from fourbit.integrations.merging import (
     merging_class,
     packed_base,
 )
-from fourbit.linear import Linear4bit
+from fourbit.linear import QuantizedLinear
 
 _MARK = "_fourbit_hook"
 
@@ -81,7 +81,7 @@ def is_packed(module: nn.Module) -> bool:
     """Whether a tuner would put its layer on packed weights here."""
     if isinstance(module, BaseTunerLayer):
         return packed_base(module) is not None
-    return isinstance(module, Linear4bit)
+    return isinstance(module, QuantizedLinear)
 
 
 def install() -> None:
@@ -122,7 +122,7 @@ def _inject(
     *args: Any,
     **kwargs: Any,
 ) -> None:
-    if not any(isinstance(module, (Linear4bit, FloatLinear)) for module in model.modules()):
+    if not any(isinstance(module, (QuantizedLinear, FloatLinear)) for module in model.modules()):
         original(tuner, model, adapter_name, *args, **kwargs)
         return
     config: Any = tuner.peft_config[adapter_name]
@@ -140,7 +140,7 @@ def _inject(
     try:
         original(tuner, model, adapter_name, *args, **kwargs)
     finally:
-        tuner.__dict__.pop("_create_and_replace", None)
+        vars(tuner).pop("_create_and_replace", None)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and packed_base(module) is not None:
             _adopt(module)
@@ -209,12 +209,12 @@ def _prepare(
     **kwargs: Any,
 ) -> Any:
     options = gradient_checkpointing_kwargs
-    if not any(isinstance(module, Linear4bit) for module in model.modules()):
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return original(model, use_gradient_checkpointing, options, **kwargs)
     # Freezes, and holds what is not packed (norms, embeddings, head, biases) in float32.
     model = original(model, False, options, **kwargs)
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, QuantizedLinear):
             module.original_dtype = torch.float32  # what a weight is expanded to, as the rest
     if use_gradient_checkpointing:
         options = {"use_reentrant": False, **(options or {})}
