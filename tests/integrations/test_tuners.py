@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import warnings
 from pathlib import Path
 
@@ -18,13 +19,16 @@ from peft import (
     PromptEncoderConfig,
     PromptTuningConfig,
     get_peft_model,
+    prepare_model_for_kbit_training,
 )
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig, VeloraConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError, VerificationFailed
+from fourbit.integrations.config import FourbitConfig
 from fourbit.integrations.merging import FloatLinear
 from fourbit.integrations.peft import LoraLinear4bit, add_adapter
 from fourbit.integrations.starts import orthogonal_pair, principal_part
@@ -205,6 +209,32 @@ def test_a_refused_method_may_still_use_layers_that_are_not_packed() -> None:
     assert model(input_ids=IDS, labels=IDS).loss.requires_grad
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alora_invocation_tokens": [17, 42]},
+        {"velora_config": VeloraConfig()},
+        {"monteclora_config": MontecloraConfig()},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_variants_of_lora_compute_what_they_compute_on_the_float_weights(
+    changes: dict[str, object],
+) -> None:
+    ours, theirs = pair(lambda: config(target_modules=TARGETS, **changes))
+    losses = []
+    for model in (ours.eval(), theirs.eval()):
+        torch.manual_seed(0)
+        losses.append(model(input_ids=IDS, labels=IDS).loss)
+    torch.testing.assert_close(*losses, **FP32)
+    for loss in losses:
+        loss.backward()
+    others = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad and parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, others[name].grad, **FP32, msg=name)
+
+
 def test_the_hooks_are_installed_once() -> None:
     quantized()
     names = "inject_adapter", "_unload_and_optionally_merge"
@@ -334,6 +364,23 @@ def test_merge_and_unload_leaves_a_plain_model_that_saves(
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
     assert equal_tables(again.state_dict(), merged.state_dict())
     torch.testing.assert_close(logits(again), result, **close)
+
+
+@pytest.mark.parametrize("quant", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_a_loaded_model_merges_into_a_plain_folder(
+    quant: dict[str, bool], model_folder, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(
+        model_folder("qwen2"), quantization_config=FourbitConfig(**quant)
+    )
+    model = get_peft_model(base, config()).eval()
+    shake(model)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert {type(m) for m in again.modules() if isinstance(m, nn.Linear)} == {nn.Linear}
+    assert equal_tables(again.state_dict(), merged.state_dict())
 
 
 def _some_layer(name: str) -> str:
@@ -542,7 +589,12 @@ def test_adapters_with_and_without_a_start_share_a_base() -> None:
         (
             {"init_lora_weights": "pissa", "use_dora": True},
             "error[init-needs-weights] use_dora: DoRA and a start from the weights exclude each"
-            " other; fix: use one of the two",
+            " other; fix: leave it out",
+        ),
+        (
+            {"kasa_config": KasaConfig()},
+            "error[init-needs-weights] kasa_config: KaSA cuts directions out of the stored weight,"
+            " which 4 bits cannot hold; fix: leave it out",
         ),
     ],
 )
@@ -551,7 +603,7 @@ def test_what_cannot_start_here_is_one_line(changes: dict[str, object], line: st
         get_peft_model(quantized(), config(**changes))
     assert caught.value.line() == line
     model = get_peft_model(quantized(), config())
-    with pytest.raises(InputError):  # a second adapter takes another road inside PEFT
+    with pytest.raises((InputError, ValueError)):  # a second adapter takes another road inside PEFT
         model.add_adapter("second", config(**changes))
 
 
@@ -621,6 +673,31 @@ def test_an_adapter_of_a_quantized_residual_reloads_the_way_it_was_made(
     shake(model)
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(make(tmp_path)), logits(model))
+
+
+def test_a_start_that_is_not_in_the_file_is_refused(tmp_path: Path) -> None:
+    get_peft_model(tiny_model("qwen2"), config(init_lora_weights="pissa")).save_pretrained(
+        str(tmp_path)
+    )
+    with pytest.raises(InputError) as caught:
+        PeftModel.from_pretrained(quantized(), str(tmp_path))
+    assert caught.value.line() == (
+        f"error[start-not-saved] {tmp_path}: the adapter started from 16-bit weights, and the file"
+        " does not say from where; fix: load it on the 16-bit base and call"
+        " fourbit.quantize_model, or convert it to an ordinary LoRA"
+        " (path_initial_model_for_weight_conversion)"
+    )
+
+
+def test_a_residual_that_reloading_would_not_find_is_refused() -> None:
+    model = get_peft_model(tiny_model("qwen2"), config(init_lora_weights="pissa_niter_2"))
+    with pytest.raises(InputError) as caught:
+        quantize_model(model, QuantConfig())
+    assert caught.value.line() == (
+        "error[start-not-reproducible] init_lora_weights: 'pissa_niter_2' changed the base in a way"
+        " that reloading does not repeat; fix: use pissa or olora, or quantize first and start from"
+        " the packed weights"
+    )
 
 
 def test_requantizing_a_residual_of_packed_weights_would_only_add_error() -> None:
@@ -701,7 +778,8 @@ def is_checkpointing(model: nn.Module) -> bool:
 def test_prepare_model_for_kbit_training(checkpointing: bool) -> None:
     base = quantized("qwen2", torch.bfloat16)
     before = {k: v for k, v in packed_bytes(base).items() if not v.is_floating_point()}
-    model = peft.prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
+    # imported by name before any model was quantized, as scripts do
+    model = prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
     assert model is base
     assert is_checkpointing(model) is checkpointing
     assert not [p for p in model.parameters() if p.requires_grad]

@@ -171,7 +171,7 @@ def float_model(model: nn.Module) -> None:
 
 def _plain(merged: FloatLinear, packed: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
-        layer: nn.Module = (
+        layer = (
             Conv1D(packed.out_features, packed.in_features)
             if packed.transposed_source
             else nn.Linear(packed.in_features, packed.out_features, bias=packed.bias is not None)
@@ -180,8 +180,8 @@ def _plain(merged: FloatLinear, packed: QuantizedLinear, dtype: torch.dtype) -> 
     if packed.transposed_source:
         weight = weight.t().contiguous()
     layer.weight = nn.Parameter(weight, requires_grad=False)
-    bias = None if merged.bias is None else merged.bias.data.to(dtype)
-    layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    if merged.bias is not None:
+        layer.bias = nn.Parameter(merged.bias.data.to(dtype), requires_grad=False)
     return layer.train(packed.training)
 
 

@@ -37,11 +37,18 @@ from fourbit.integrations.starts import (
     orthogonal_pair,
     principal,
     principal_part,
+    reproducible,
 )
 from fourbit.linear import Linear4bit, QuantizedLinear, parameter_counts
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
+_UNSHOWN = {
+    "kasa_config": "KaSA cuts directions out of the stored weight, which 4 bits cannot hold",
+    "use_bdlora": "BD-LoRA makes its blocks in the dtype of the weight, which is packed",
+    "arrow_config": "Arrow has not been shown to compute right on packed weights",
+}
+"""LoRA variants that are refused, with the reason."""
 
 
 class LoraLinear4bit(ExactMerge, PeftLoraLinear):
@@ -64,8 +71,9 @@ class LoraLinear4bit(ExactMerge, PeftLoraLinear):
         """
         check_start(config.init_lora_weights)
         config.fan_in_fan_out = False  # the packed weight is [out, in] for GPT-2's Conv1D too
-        if config.kasa_config is not None:
-            raise _needs_weights("kasa_config", "KaSA cuts directions out of the stored weight")
+        for key, what in _UNSHOWN.items():
+            if getattr(config, key, None):
+                raise _needs_weights(key, what)
         if config.use_dora and principal(config.init_lora_weights):
             raise _needs_weights("use_dora", "DoRA and a start from the weights exclude each other")
         if "lora_start_A" not in self._modules:
@@ -159,9 +167,7 @@ def _needs_weights(key: str, what: str) -> InputError:
         "init-needs-weights",
         where=key,
         what=what,
-        fix="make the adapter on the 16-bit model, then call fourbit.quantize_model on it"
-        if key == "kasa_config"
-        else "use one of the two",
+        fix="leave it out",
     )
 
 
@@ -205,8 +211,17 @@ def check_quantizable(model: nn.Module) -> None:
     """Refuses adapters that could not go on working on a base quantized under them.
 
     Raises:
-        InputError: naming the first layer.
+        InputError: naming the first layer, or a start that no reload would find again.
     """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        start = getattr(config, "init_lora_weights", True)
+        if not reproducible(start):
+            raise InputError(
+                "start-not-reproducible",
+                where="init_lora_weights",
+                what=f"'{start}' changed the base in a way that reloading does not repeat",
+                fix="use pissa or olora, or quantize first and start from the packed weights",
+            )
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue

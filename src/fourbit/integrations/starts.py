@@ -51,6 +51,13 @@ def principal(name: object) -> bool:
     return name in ("pissa", "olora") or _NITER.fullmatch(name) is not None
 
 
+def reproducible(name: object) -> bool:
+    """Whether PEFT, loading the adapter on the 16-bit base, changes the base as it did before."""
+    if any(name is known or name == known for known in PLAIN):
+        return True
+    return name in ("pissa", "olora", "eva", "mica")
+
+
 def check_start(name: object) -> None:
     """Raises unless an adapter on packed weights can start this way.
 
@@ -60,12 +67,13 @@ def check_start(name: object) -> None:
     if principal(name) or any(name is known or name == known for known in PLAIN):
         return
     reason = _NEEDS_MORE.get(str(name).lower())
+    portable = reason is not None and reproducible(name)
     raise InputError(
         "init-needs-weights" if reason else "unknown-init",
         where="lora.init_lora_weights",
         what=f"'{name}' {reason or 'is not known'}",
         fix="make the adapter on the 16-bit model, then call fourbit.quantize_model on it"
-        if reason
+        if portable
         else "use true, gaussian, orthogonal, pissa, pissa_niter_4 or olora",
     )
 

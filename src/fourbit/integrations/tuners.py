@@ -5,6 +5,8 @@ Hooks used, each with a test in ``tests/integrations/test_tuners.py``:
 - ``BaseTuner.inject_adapter``: all methods that put layers on a model pass here. A method that has
   not been shown to compute on a packed base what it computes on a float one is refused.
 - ``BaseTuner._unload_and_optionally_merge``: a merged and unloaded model becomes a plain one.
+- ``PeftModel.load_adapter``: an adapter that took its start out of a 16-bit base is refused on
+  packed weights, where that start is unknown.
 - ``LoraModel.add_weighted_adapter``: adapters with a start (PiSSA, OLoRA) are refused where their
   two halves would be mixed without it.
 - ``prepare_model_for_kbit_training``: PEFT asks for flags that mean bitsandbytes, and would leave
@@ -20,6 +22,7 @@ from typing import Any
 
 import peft
 import torch
+from peft import PeftModel
 from peft.tuners.ia3.layer import Linear as Ia3Linear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
@@ -88,6 +91,7 @@ def install() -> None:
     """Wraps the hooks once."""
     _wrap(BaseTuner, "inject_adapter", _inject)
     _wrap(BaseTuner, "_unload_and_optionally_merge", _unload)
+    _wrap(PeftModel, "load_adapter", _load)
     _wrap(LoraModel, "add_weighted_adapter", _add_weighted)
     original = peft.prepare_model_for_kbit_training
     if getattr(original, _MARK, False):
@@ -182,6 +186,26 @@ def _unload(original: Callable[..., Any], tuner: BaseTuner, *args: Any, **kwargs
     if had_packed and any(isinstance(module, FloatLinear) for module in model.modules()):
         float_model(model)
     return model
+
+
+def _load(
+    original: Callable[..., Any],
+    model: PeftModel,
+    path: Any,
+    adapter_name: str,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    result = original(model, path, adapter_name, *args, **kw)
+    if any("lora_start_" in key for key in getattr(result, "missing_keys", ())):
+        raise InputError(
+            "start-not-saved",
+            where=str(path),
+            what="the adapter started from 16-bit weights, and the file does not say from where",
+            fix="load it on the 16-bit base and call fourbit.quantize_model, or convert it to an"
+            " ordinary LoRA (path_initial_model_for_weight_conversion)",
+        )
+    return result
 
 
 def _add_weighted(
