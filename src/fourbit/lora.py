@@ -37,6 +37,10 @@ class LoraSettings(Settings):
     target_modules: str | list[str] = Field(
         default="all-linear", description="all-linear, a list of module-name endings, or one regex"
     )
+    target_parameters: list[str] | None = Field(
+        default=None,
+        description="a mixture's expert weights by name, e.g. [experts.gate_up_proj]; no dropout",
+    )
     exclude_modules: list[str] | None = Field(
         default=None, description="module-name endings to leave out"
     )
@@ -152,6 +156,8 @@ def resolve_targets(
         )
     for name, (in_features, out_features) in matched.items():
         rank = rank_of(name, settings)
+        if wanted == "all-linear" and min(in_features, out_features) == 1:
+            continue  # a gate of one value takes any rank; nobody asked for it by name
         if rank > min(in_features, out_features):
             raise InputError(
                 "rank-too-large",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
+from fourbit.integrations.experts import LoraExperts
 from fourbit.integrations.peft import lora_layers, plain_name, saved_modules
 from fourbit.linear import parameter_counts
 
@@ -155,6 +156,8 @@ def adapter_count(model: nn.Module) -> int:
     count = 0
     for layer in lora_layers(model).values():
         in_features, out_features = layer.in_features or 0, layer.out_features or 0
+        if isinstance(layer, LoraExperts):
+            in_features, out_features = (layer.num_experts * n for n in (in_features, out_features))
         for name in layer.lora_A:
             count += layer.r[name] * (in_features + out_features)
             # DoRA's magnitude and a LoRA bias have one value per output

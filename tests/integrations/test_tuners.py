@@ -889,6 +889,12 @@ def test_a_merge_inside_the_loop_shows_in_the_receipt() -> None:
         loop(unmerge=False)
 
 
+def test_a_packed_parameter_is_no_target() -> None:
+    wanted = config(target_modules=["o_proj"], target_parameters=["q_proj.weight"])
+    with pytest.raises(InputError, match=r"target_parameters: the parameter of this layer is pack"):
+        get_peft_model(quantized(), wanted)
+
+
 def test_switching_adapters_in_every_order() -> None:
     model = get_peft_model(quantized(), config()).eval()
     kinds = {"default": {}, "dora": {"use_dora": True}, "start": {"init_lora_weights": "pissa"}}

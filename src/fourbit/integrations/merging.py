@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fourbit.integrations.experts import restore_experts
 from fourbit.linear import QuantizedLinear, autocast_input
 
 _COST = (
@@ -165,6 +166,7 @@ def float_model(model: nn.Module) -> None:
         else:
             continue
         model.set_submodule(name, _plain(module, packed, dtype or packed.original_dtype))
+    restore_experts(model, dtype)
     if isinstance(model, PreTrainedModel):
         _forget_quantization(model)
 

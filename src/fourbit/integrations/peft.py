@@ -8,6 +8,9 @@ Hooks used, each with a test in ``tests/integrations/test_peft.py``:
   documented way, but holds for one config object only and is not saved.)
 - ``PeftModel.get_nb_trainable_parameters`` is wrapped: it would count packed bytes as parameters.
 - Those of `fourbit.integrations.tuners`: other methods, merging and unloading.
+- ``convert_peft_config_for_transformers`` is wrapped: on some mixtures it reads ``gate_proj`` as
+  the experts' and leaves the shared expert's layers without adapters. On packed experts, what is
+  named is what is targeted; experts are named in ``target_parameters``.
 """
 
 from __future__ import annotations
@@ -21,15 +24,17 @@ import peft.tuners.lora.model as peft_lora_model
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils import transformers_weight_conversion as weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError
 from fourbit.integrations import tuners
+from fourbit.integrations.experts import LoraExperts
 from fourbit.integrations.merging import ExactMerge, packed_base
 from fourbit.integrations.starts import (
     Start,
@@ -39,7 +44,7 @@ from fourbit.integrations.starts import (
     principal_part,
     reproducible,
 )
-from fourbit.linear import Linear4bit, QuantizedLinear, parameter_counts
+from fourbit.linear import Linear4bit, QuantizedLinear, expert_stacks, parameter_counts
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
@@ -187,7 +192,13 @@ def install() -> None:
             target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
         ) -> nn.Module | None:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            if isinstance(base, QuantizedLinear) and kwargs.get("parameter_name") is None:
+            if kwargs.get("parameter_name") in expert_stacks(base):
+                return LoraExperts(target, adapter_name, config=config, **kwargs)
+            if isinstance(base, QuantizedLinear):
+                if kwargs.get("parameter_name") is not None:
+                    raise _needs_weights(
+                        "target_parameters", "the parameter of this layer is packed"
+                    )
                 kwargs.pop("parameter_name", None)
                 return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
             return dispatch(target, adapter_name, config=config, **kwargs)
@@ -195,6 +206,7 @@ def install() -> None:
         setattr(dispatch_fourbit, _MARK, True)
         peft_lora_model.dispatch_default = dispatch_fourbit  # pyright: ignore[reportPrivateImportUsage]
 
+    _install_literal_targets()
     count = PeftModel.get_nb_trainable_parameters
     if not getattr(count, _MARK, False):
 
@@ -226,7 +238,8 @@ def check_quantizable(model: nn.Module) -> None:
         if not isinstance(module, BaseTunerLayer):
             continue
         plain = type(module) is PeftLoraLinear and not module.merged
-        if plain or not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+        on_experts = isinstance(module, ParamWrapper)
+        if plain or not on_experts and not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
             continue
         raise InputError(
             "adapter-before-quantization",
@@ -264,6 +277,19 @@ def plain_name(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
+def _install_literal_targets() -> None:
+    convert = weight_conversion.convert_peft_config_for_transformers
+    if getattr(convert, _MARK, False):
+        return
+
+    def convert_fourbit(peft_config: Any, model: nn.Module, conversions: Any) -> None:
+        if not any(expert_stacks(module) for module in model.modules()):
+            convert(peft_config, model, conversions)
+
+    setattr(convert_fourbit, _MARK, True)
+    weight_conversion.convert_peft_config_for_transformers = convert_fourbit
+
+
 def lora_config(settings: LoraSettings, *, task_type: str | None = "CAUSAL_LM") -> LoraConfig:
     """The PEFT configuration of ``settings``."""
     return LoraConfig(
@@ -271,6 +297,7 @@ def lora_config(settings: LoraSettings, *, task_type: str | None = "CAUSAL_LM") 
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats in practice
         lora_dropout=settings.lora_dropout,
         target_modules=settings.target_modules,
+        target_parameters=settings.target_parameters,
         exclude_modules=settings.exclude_modules,
         modules_to_save=settings.modules_to_save,
         rank_pattern=dict(settings.rank_pattern),

@@ -131,7 +131,6 @@ def _inject(
         return
     config: Any = tuner.peft_config[adapter_name]
     method = str(getattr(config.peft_type, "value", config.peft_type))
-    _refuse_parameters(config)
     if method not in SUPPORTED:
         create = tuner._create_and_replace
 
@@ -157,16 +156,6 @@ def _unsupported(method: str) -> InputError:
         what=f"{method} has not been shown to compute right on packed weights",
         fix="use LORA, or one of " + ", ".join(sorted(SUPPORTED - {"LORA"})),
     )
-
-
-def _refuse_parameters(config: Any) -> None:
-    if getattr(config, "target_parameters", None):
-        raise InputError(
-            "target-parameters",
-            where="target_parameters",
-            what="adapters on single parameters need float weights",
-            fix="name layers in target_modules",
-        )
 
 
 def _adopt(module: Any) -> None:
