@@ -92,7 +92,7 @@ def test_unknown_key_names_the_nearest(call, tmp_path):
         (["train", "--method", "p_tuning"], 2, "not built yet"),
         (["train", "--parallel", "ddp"], 2, "not built yet"),
         (["train", "--quant.blocksize", "100"], 2, "blocksize"),
-        (["train", "--quant.quant_type", "int4"], 2, "nf4"),
+        (["train", "--quant.quant_type", "int3"], 2, "nf4"),
         (["train"], 2, "data.train"),
         (["generate", "no/such/folder/here", "--prompt", "x"], 3, "no-such-model"),
         (["generate", "smolm2", "--prompt", "x"], 3, "did you mean 'smollm2'"),

@@ -149,6 +149,7 @@ def test_a_mixture_trains_verifies_and_generates(name, experts, model_folder, tm
 
 def test_adapters_on_experts_add_their_product(model_folder):
     model = load(model_folder("mixtral"))
+    plain = twin(model, model_folder("mixtral"))
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=[], target_parameters=targets)
     tuned = peft.get_peft_model(model, settings)
@@ -157,7 +158,6 @@ def test_adapters_on_experts_add_their_product(model_folder):
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    plain = twin(model, model_folder("mixtral"))
     theirs = peft.get_peft_model(plain, settings)
     state = peft.get_peft_model_state_dict(tuned)
     loaded = peft.set_peft_model_state_dict(theirs, state)

@@ -18,7 +18,7 @@ FLOORS = [
     {"codebook", "device", "rundir"},
     {"ops", "checkpoint"},
     {"quantize"},
-    {"linear"},
+    {"linear", "absmax"},
     {"lora", "loss", "optim", "bnb_format", "experts"},
     {"integrations.config", "integrations.experts"},
     {"integrations.starts", "integrations.merging"},

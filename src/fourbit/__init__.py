@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fourbit.absmax import dequantize_absmax as dequantize_absmax
+    from fourbit.absmax import quantize_absmax as quantize_absmax
     from fourbit.api import plan as plan
     from fourbit.api import verify as verify
     from fourbit.data.config import DataConfig as DataConfig
@@ -50,10 +52,12 @@ _HOMES = {
     "TrainConfig": "fourbit.training.config",
     "TrainResult": "fourbit.training.run",
     "dequantize_4bit": "fourbit.quantize",
+    "dequantize_absmax": "fourbit.absmax",
     "dequantize_int8": "fourbit.quantize",
     "load": "fourbit.loading",
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
+    "quantize_absmax": "fourbit.absmax",
     "quantize_int8": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
     "train": "fourbit.training.run",
@@ -77,10 +81,12 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "dequantize_4bit",
+    "dequantize_absmax",
     "dequantize_int8",
     "load",
     "plan",
     "quantize_4bit",
+    "quantize_absmax",
     "quantize_int8",
     "quantize_model",
     "train",

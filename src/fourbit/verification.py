@@ -99,6 +99,7 @@ def _check_count(
     try:
         peft_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         default_r, patterns = int(peft_config["r"]), dict(peft_config.get("rank_pattern") or {})
+        stacks = tuple(p.rpartition(".")[0] for p in peft_config.get("target_parameters") or ())
     except (OSError, ValueError, KeyError, TypeError) as error:
         receipt.add("adapter_config", False, f"adapter_config.json is unreadable ({error})")
         return
@@ -106,7 +107,7 @@ def _check_count(
     wrong = [
         name
         for name, tensor in tensors.items()
-        if ".lora_A." in name and tensor.shape[0] != _rank(name, default_r, patterns)
+        if ".lora_A." in name and not _has_rank(name, tensor, (default_r, patterns), stacks)
     ]
     pairs = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
     unpaired = pairs ^ {name for name in tensors if ".lora_B." in name}
@@ -119,9 +120,16 @@ def _check_count(
     receipt.add("adapter_count", ok, detail)
 
 
-def _rank(name: str, default: int, patterns: dict[str, int]) -> int:
+def _has_rank(
+    name: str, tensor: torch.Tensor, ranks: tuple[int, dict[str, int]], stacks: tuple[str, ...]
+) -> bool:
+    """Whether a ``lora_A`` has the configured rank; a stack of experts has it once for each."""
+    default, patterns = ranks
     module = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
-    return rank_by_pattern(module, patterns, default=default)
+    rank = rank_by_pattern(module, patterns, default=default)
+    if stacks and module.replace(".base_layer", "").endswith(stacks):
+        return tensor.shape[0] % rank == 0
+    return tensor.shape[0] == rank
 
 
 def _check_checkpoints(receipt: Receipt, run: RunDir, config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fourbit.bnb_format import STORAGE_DTYPES
-from fourbit.codebook import BLOCKSIZES
+from fourbit.codebook import BLOCKSIZES, QUANT_TYPES
 from fourbit.errors import FourbitError, InputError, ModelError, nearest
 from fourbit.quantize import QuantConfig
 
@@ -280,8 +280,8 @@ def _check(given: Mapping[str, Any]) -> None:
             )
         if name in _FLAGS and not isinstance(value, bool):
             raise _bad(name, value, "True or False")
-    if given.get("bnb_4bit_quant_type", "fp4") not in ("nf4", "fp4"):
-        raise _bad("bnb_4bit_quant_type", given["bnb_4bit_quant_type"], "nf4 or fp4")
+    if given.get("bnb_4bit_quant_type", "fp4") not in QUANT_TYPES:
+        raise _bad("bnb_4bit_quant_type", given["bnb_4bit_quant_type"], ", ".join(QUANT_TYPES))
     blocksize = given.get("blocksize", 64)
     if blocksize not in BLOCKSIZES or isinstance(blocksize, bool):
         raise _bad("blocksize", blocksize, f"one of {', '.join(map(str, BLOCKSIZES))}")

@@ -273,8 +273,8 @@ def fuse(model: nn.Module) -> None:
 
 def plain_name(name: str) -> str:
     """A module's or parameter's name in the model before PEFT wrapped it."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def _install_literal_targets() -> None:
