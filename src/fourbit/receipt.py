@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
 from fourbit.integrations.experts import LoraExperts
-from fourbit.integrations.peft import lora_layers, saved_modules
+from fourbit.integrations.peft import lora_layers, plain_name, saved_modules
 from fourbit.integrations.prompts import prompt_count, prompt_state, prompted
 from fourbit.linear import parameter_counts
 
+START = ".lora_start_"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -124,7 +125,12 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
     tensors = {name: p for name, p in inner.named_parameters() if not p.requires_grad}
     persistent = inner.state_dict(keep_vars=True).keys()
     tensors |= {name: b for name, b in inner.named_buffers() if name in persistent}
-    return {plain_name(name): tensor_digest(tensor) for name, tensor in tensors.items()}
+    return {
+        plain_name(name): tensor_digest(tensor)
+        for name, tensor in tensors.items()
+        # the fixed half of a PiSSA or OLoRA adapter: saved with it, no part of the base
+        if START not in name
+    }
 
 
 def _model_of(model: nn.Module) -> nn.Module:
@@ -142,12 +148,6 @@ def packed_digest(model: nn.Module) -> str:
             if not parameter.is_floating_point()
         }
     )
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model before PEFT wrapped it."""
-    parts = name.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
@@ -173,6 +173,8 @@ def adapter_count(model: nn.Module) -> int:
             # DoRA's magnitude and a LoRA bias have one value per output
             extras = (name in layer.lora_magnitude_vector) + bool(layer.lora_bias.get(name))
             count += extras * out_features
+            # AdaLoRA's singular values
+            count += layer.r[name] * (name in getattr(layer, "lora_E", ()))
     for wrapper in saved_modules(model).values():
         for name in wrapper.active_adapters:
             count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())
