@@ -287,10 +287,7 @@ def test_wrong_tensors(copy_of, kind, change, part):
 def test_scales_of_a_layer_that_does_not_exist(copy_of):
     folder = copy_of("double")
     change_tensors(folder, add("model.layers.0.mlp.none.weight.absmax", torch.ones(3)))
-    try:
-        fourbit.load(str(folder), dtype=torch.float32)
-    except ModelError as error:
-        assert "none" in error.line()
+    fourbit.load(str(folder), dtype=torch.float32)  # what nothing asks for does no harm
 
 
 # The quant_state.
@@ -347,7 +344,7 @@ def test_a_key_missing_from_the_quant_state(copy_of, key):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "7", "null", '{"a":' * 500, "{" + " " * 5000 + "}", "\ud800"[:0] + "\xff"],
+    ["", "{", "[]", "7", "null", '{"a":' * 500, "{" + " " * 5000 + "}", "\xff"],
 )
 def test_a_quant_state_that_is_no_object(copy_of, text):
     folder = copy_of("double")
@@ -623,6 +620,21 @@ def damaged_tensors(file: Path, kind: str, rng: random.Random) -> str:
     return name
 
 
+def outcome_of(folder: Path, what: str) -> str:
+    caught: Exception | None = None
+    try:
+        fourbit.load(str(folder), dtype=torch.float32)
+    except Exception as error:
+        caught = error
+    if caught is None:
+        return "loaded"
+    if not isinstance(caught, FourbitError):
+        raise AssertionError(what) from caught
+    assert caught.exit_code == 3, (what, caught.line())
+    assert "\n" not in caught.line()
+    return caught.code
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_random_damage_ends_in_one_line_or_in_a_model(saved, tmp_path, kind):
     hf_logging.set_verbosity_error()
@@ -633,15 +645,7 @@ def test_random_damage_ends_in_one_line_or_in_a_model(saved, tmp_path, kind):
         folder = Path(shutil.copytree(saved(kind), tmp_path / str(round_)))
         what = damaged(folder, rng, int8=kind == "int8")
         start = time.perf_counter()
-        try:
-            fourbit.load(str(folder), dtype=torch.float32)
-            outcome = "loaded"
-        except FourbitError as error:
-            outcome = error.code
-            assert error.exit_code == 3, (what, error.line())
-            assert "\n" not in error.line()
-        except Exception as error:
-            raise AssertionError(f"round {round_}: {what}") from error
+        outcome = outcome_of(folder, what)
         assert time.perf_counter() - start < 20, what
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
         shutil.rmtree(folder)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import oracles
 from fourbit import codebook, ops
-from fourbit.ops.reference import scales_float32
 from fourbit.linear import Linear8bit, QuantizedLinear
+from fourbit.ops.reference import scales_float32
 from fourbit.quantize import (
     QuantConfig,
     dequantize_4bit,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fourbit.loading import load as load
     from fourbit.lora import LoraSettings as LoraSettings
     from fourbit.optim import OptimConfig as OptimConfig
+    from fourbit.prompts import PromptSettings as PromptSettings
     from fourbit.quantize import QuantConfig as QuantConfig
     from fourbit.quantize import QuantState as QuantState
     from fourbit.quantize import dequantize_4bit as dequantize_4bit
@@ -46,6 +47,7 @@ _HOMES = {
     "Linear8bit": "fourbit.linear",
     "LoraSettings": "fourbit.lora",
     "OptimConfig": "fourbit.optim",
+    "PromptSettings": "fourbit.prompts",
     "QuantConfig": "fourbit.quantize",
     "QuantState": "fourbit.quantize",
     "Receipt": "fourbit.receipt",
@@ -76,6 +78,7 @@ __all__ = [
     "Linear8bit",
     "LoraSettings",
     "OptimConfig",
+    "PromptSettings",
     "QuantConfig",
     "QuantState",
     "Receipt",

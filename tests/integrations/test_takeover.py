@@ -174,7 +174,8 @@ from importlib.machinery import PathFinder
 class Without(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        return None if name.split(".")[0] == "bitsandbytes" else super().find_spec(name, path, target)
+        hidden = name.split(".")[0] == "bitsandbytes"
+        return None if hidden else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import torch, fourbit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -189,7 +190,8 @@ four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                           bnb_4bit_compute_dtype="bfloat16")
 other = AutoModelForCausalLM.from_pretrained(plain, quantization_config=four)
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-tuned = get_peft_model(prepare_model_for_kbit_training(other), LoraConfig(r=2, target_modules="all-linear"))
+lora = LoraConfig(r=2, target_modules="all-linear")
+tuned = get_peft_model(prepare_model_for_kbit_training(other), lora)
 tuned.print_trainable_parameters()
 ids = torch.arange(8)[None]
 tuned(input_ids=ids, labels=ids).loss.backward()

@@ -1,7 +1,8 @@
 """Scripts written for bitsandbytes on our layers, without a changed line.
 
 Hook used: transformers' registry of quantizers (``AUTO_QUANTIZER_MAPPING``), in which the entries
-of bitsandbytes are replaced until `TakeOver.undo`; tests in ``tests/integrations/test_takeover.py``.
+of bitsandbytes are replaced until `TakeOver.undo`; tested in
+``tests/integrations/test_takeover.py``.
 """
 
 from __future__ import annotations
