@@ -52,7 +52,11 @@ def test_every_parameter_has_its_row():
 
 def test_every_tensor_name_has_its_row():
     listed = {row[0] for first in ("4-bit tensor", "8-bit tensor") for row in rows(FORMATS, first)}
-    text = " ".join(listed).replace("`P.", "`").replace("`__fp4`", "`weight.quant_state.bitsandbytes__fp4`")
+    text = (
+        " ".join(listed)
+        .replace("`P.", "`")
+        .replace("`__fp4`", "`weight.quant_state.bitsandbytes__fp4`")
+    )
     for name in (*NAMES_4BIT, *NAMES_8BIT):
         assert f"`{name}`" in text, name
 

@@ -394,11 +394,16 @@ def test_lora_adds_its_product(adapted: nn.Module) -> None:
         torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-4)
 
 
-def test_merging_into_int8_is_refused(adapted: nn.Module) -> None:
-    with pytest.raises(ModelError) as caught:
-        adapted.merge_and_unload()  # type: ignore[operator]
-    assert caught.value.code == "merge-into-4bit"
-    assert "quantized" in caught.value.what
+def test_merging_loses_nothing(adapted: nn.Module) -> None:
+    lora = first_lora(adapted)
+    base = lora.get_base_layer()  # type: ignore[operator]
+    codes = base.weight.clone()
+    delta = lora.get_delta_weight("default")  # type: ignore[operator]
+    wanted = base.dequantize(torch.float32) + delta
+    adapted.merge_adapter()  # type: ignore[operator]
+    torch.testing.assert_close(lora.get_base_layer().weight, wanted)  # type: ignore[operator]
+    adapted.unmerge_adapter()  # type: ignore[operator]
+    assert torch.equal(lora.get_base_layer().weight, codes)  # type: ignore[operator]
 
 
 def test_disabled_adapters_leave_the_base(adapted: nn.Module) -> None:

@@ -293,15 +293,9 @@ def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between PEFT and transformers
-<<<<<<< HEAD
             wrapped = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+            require_prompt_fits(wrapped)
     except _ADAPTER_FAULTS as error:
-=======
-            adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
-            require_prompt_fits(adapted)
-            return adapted
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
->>>>>>> main
         message = next((line for line in str(error).splitlines() if line.strip()), "")
         raise _adapter_mismatch(
             folder, f"the adapter does not fit this model: {message.strip()}"

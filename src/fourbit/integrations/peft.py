@@ -152,33 +152,11 @@ class LoraLinear4bit(ExactMerge, PeftLoraLinear):
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[name]
         probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-<<<<<<< HEAD
-        return lora_forward(
-            base,
-            x,
-            (
-                _weight(self.lora_A[name]),
-                _weight(self.lora_B[name]),
-                self.scaling[name],
-                probability,
-            ),
-        )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: rounding ``W + sBA`` back to 4 bits would lose most of what was learned."""
-        raise ModelError(
-            "merge-into-4bit",
-            where=type(self).__name__,
-            what="an adapter cannot be merged into quantized weights without losing it",
-            fix="keep the adapter beside the base, or merge it into the 16-bit base with PEFT",
-        )
-=======
         A, B = _weight(self.lora_A[name]), _weight(self.lora_B[name])
         if name in self.lora_start_A:
             A = torch.cat([A, self.lora_start_A[name].to(A.dtype)])
             B = torch.cat([B, -self.lora_start_B[name].to(B.dtype)], dim=1)
         return lora_forward(base, x, (A, B, self.scaling[name], probability))
->>>>>>> main
 
     def extra_repr(self) -> str:
         """Rank, alpha and dropout of each adapter, for ``print(model)``."""

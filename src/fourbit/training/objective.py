@@ -14,11 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fourbit.data import Batch
 from fourbit.errors import InputError
 from fourbit.integrations.peft import base_model, head_weight
-<<<<<<< HEAD
-from fourbit.linear import row_by_row
-=======
 from fourbit.integrations.prompts import prompt_length, prompted, with_prompt
->>>>>>> main
+from fourbit.linear import row_by_row
 from fourbit.loss import (
     LogitTransform,
     linear_cross_entropy,
