@@ -139,15 +139,31 @@ def test_saved_models_load_again_without_arguments(config, model_folder, tmp_pat
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_what_only_we_write_is_read_again(model_folder, tmp_path):
+    config = fourbit.FourbitConfig(
+        bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16", blocksize=128
+    )
+    model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), quantization_config=config)
+    model.save_pretrained(tmp_path / "one")
+    for given in ({}, {"quantization_config": FOUR}):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "one", **given)
+        assert again.config.quantization_config.to_dict() == config.to_dict()
+        assert again.model.layers[0].mlp.up_proj.compute_dtype is torch.bfloat16
+
+
 def test_undo_gives_bitsandbytes_back(model_folder):
     bnb = pytest.importorskip("bitsandbytes")
     mine = fourbit.take_over_bitsandbytes()
     mine.undo()
     model = AutoModelForCausalLM.from_pretrained(model_folder("llama"), quantization_config=FOUR)
     assert kinds(model) == {Linear4bit}, "the outer take-over is still in force"
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+    merge = AutoHfQuantizer.merge_quantization_configs
+    with fourbit.take_over_bitsandbytes():
+        assert AutoHfQuantizer.merge_quantization_configs is not merge
+    assert AutoHfQuantizer.merge_quantization_configs is merge
     outer = AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"]
     AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Bnb4BitHfQuantizer
     try:

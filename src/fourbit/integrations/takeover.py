@@ -1,17 +1,19 @@
 """Scripts written for bitsandbytes on our layers, without a changed line.
 
-Hook used: transformers' registry of quantizers (``AUTO_QUANTIZER_MAPPING``), in which the entries
-of bitsandbytes are replaced until `TakeOver.undo`; tested in
-``tests/integrations/test_takeover.py``.
+Hooks used until `TakeOver.undo`: transformers' registry of quantizers (``AUTO_QUANTIZER_MAPPING``),
+in which the entries of bitsandbytes are replaced, and ``AutoHfQuantizer``'s choice of the
+configuration of a checkpoint; tested in ``tests/integrations/test_takeover.py``.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
 from transformers import BitsAndBytesConfig
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from fourbit.integrations.config import FourbitConfig
 from fourbit.integrations.transformers import FourbitQuantizer
@@ -26,16 +28,33 @@ class _TakeOverQuantizer(FourbitQuantizer):
         super().__init__(FourbitConfig.from_bitsandbytes(quantization_config), **kwargs)
 
 
+def _of_checkpoint(stored: Mapping[str, Any]) -> FourbitConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the checkpoint names everything
+        return FourbitConfig().of_checkpoint(stored)
+
+
 class TakeOver:
     """A take-over in force; ``with`` ends it, and so does `undo`."""
 
     def __init__(self) -> None:
         self._before: dict[str, Any] = {name: AUTO_QUANTIZER_MAPPING[name] for name in _METHODS}
+        self._merge = merge = AutoHfQuantizer.merge_quantization_configs
+
+        def merge_taken(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+            stored, given = quantization_config, quantization_config_from_args
+            ours = given is None or isinstance(given, BitsAndBytesConfig)
+            if ours and isinstance(stored, dict) and stored.get("quant_method") == "bitsandbytes":
+                return _of_checkpoint(stored)
+            return merge(stored, given)
+
         AUTO_QUANTIZER_MAPPING.update(dict.fromkeys(_METHODS, _TakeOverQuantizer))
+        AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_taken)  # type: ignore[method-assign]
 
     def undo(self) -> None:
         """Gives ``BitsAndBytesConfig`` back to bitsandbytes; models already loaded stay ours."""
         AUTO_QUANTIZER_MAPPING.update(self._before)
+        AutoHfQuantizer.merge_quantization_configs = staticmethod(self._merge)  # type: ignore[method-assign]
 
     def __enter__(self) -> TakeOver:
         return self

@@ -511,6 +511,8 @@ def quantize_model(
     base.config.quantization_config = config
     base.is_quantized = True  # type: ignore[assignment]
     base.quantization_method = METHOD  # type: ignore[assignment]
+    base.is_loaded_in_4bit = config.load_in_4bit  # type: ignore[assignment]
+    base.is_loaded_in_8bit = config.load_in_8bit  # type: ignore[assignment]
     return replaced
 
 
