@@ -147,7 +147,9 @@ def test_what_only_we_write_is_read_again(model_folder, tmp_path):
     model.save_pretrained(tmp_path / "one")
     for given in ({}, {"quantization_config": FOUR}):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "one", **given)
-        assert again.config.quantization_config.to_dict() == config.to_dict()
+        assert again.config.quantization_config.to_dict() == (
+            model.config.quantization_config.to_dict()
+        )
         assert again.model.layers[0].mlp.up_proj.compute_dtype is torch.bfloat16
 
 
