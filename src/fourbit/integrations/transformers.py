@@ -265,14 +265,14 @@ class FourbitQuantizer(HfQuantizer):
         if self.quantization_config.failures:
             raise self.quantization_config.failures[0]
         layers = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
-        missing = [name for name in layers if f"{name}." not in self.loaded]
+        missing = [f"{name}.weight" for name in layers if f"{name}." not in self.loaded]
         if not self.pre_quantized:
             missing += [name for name in self.experts if name not in self.loaded]
         if missing:
             raise ModelError(
                 "missing-weights",
                 where=str(model.config.name_or_path or type(model).__name__),
-                what=f"{len(missing)} tensors are missing, first those of {missing[0]}",
+                what=f"{len(missing)} tensors are missing, first: {missing[0]}",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
         self._keep_conversions(model)
