@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from fourbit.api import verify as verify
     from fourbit.data.config import DataConfig as DataConfig
     from fourbit.errors import FourbitError as FourbitError
+    from fourbit.exporting import export_gguf as export_gguf
     from fourbit.integrations.trainer import ReceiptCallback as ReceiptCallback
     from fourbit.integrations.transformers import FourbitConfig as FourbitConfig
     from fourbit.integrations.transformers import quantize_model as quantize_model
     from fourbit.linear import Linear4bit as Linear4bit
     from fourbit.loading import load as load
     from fourbit.lora import LoraSettings as LoraSettings
+    from fourbit.merging.run import MergeOptions as MergeOptions
+    from fourbit.merging.run import MergeResult as MergeResult
+    from fourbit.merging.run import merge as merge
     from fourbit.optim import OptimConfig as OptimConfig
     from fourbit.quantize import QuantConfig as QuantConfig
     from fourbit.quantize import QuantState as QuantState
@@ -38,6 +42,8 @@ _HOMES = {
     "FourbitError": "fourbit.errors",
     "Linear4bit": "fourbit.linear",
     "LoraSettings": "fourbit.lora",
+    "MergeOptions": "fourbit.merging.run",
+    "MergeResult": "fourbit.merging.run",
     "OptimConfig": "fourbit.optim",
     "QuantConfig": "fourbit.quantize",
     "QuantState": "fourbit.quantize",
@@ -46,7 +52,9 @@ _HOMES = {
     "TrainConfig": "fourbit.training.config",
     "TrainResult": "fourbit.training.run",
     "dequantize_4bit": "fourbit.quantize",
+    "export_gguf": "fourbit.exporting",
     "load": "fourbit.loading",
+    "merge": "fourbit.merging.run",
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
@@ -62,6 +70,8 @@ __all__ = [
     "FourbitError",
     "Linear4bit",
     "LoraSettings",
+    "MergeOptions",
+    "MergeResult",
     "OptimConfig",
     "QuantConfig",
     "QuantState",
@@ -70,7 +80,9 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "dequantize_4bit",
+    "export_gguf",
     "load",
+    "merge",
     "plan",
     "quantize_4bit",
     "quantize_model",
