@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from fourbit.linear import Linear4bit as Linear4bit
     from fourbit.loading import load as load
     from fourbit.lora import LoraSettings as LoraSettings
-    from fourbit.merging.run import MergeOptions as MergeOptions
-    from fourbit.merging.run import MergeResult as MergeResult
+    from fourbit.merging.result import MergeOptions as MergeOptions
+    from fourbit.merging.result import MergeResult as MergeResult
     from fourbit.merging.run import merge as merge
     from fourbit.optim import OptimConfig as OptimConfig
     from fourbit.quantize import QuantConfig as QuantConfig
@@ -42,8 +42,8 @@ _HOMES = {
     "FourbitError": "fourbit.errors",
     "Linear4bit": "fourbit.linear",
     "LoraSettings": "fourbit.lora",
-    "MergeOptions": "fourbit.merging.run",
-    "MergeResult": "fourbit.merging.run",
+    "MergeOptions": "fourbit.merging.result",
+    "MergeResult": "fourbit.merging.result",
     "OptimConfig": "fourbit.optim",
     "QuantConfig": "fourbit.quantize",
     "QuantState": "fourbit.quantize",

@@ -2,6 +2,6 @@
 
 from fourbit.merging.requantized import Requantized as Requantized
 from fourbit.merging.requantized import count_requantized as count_requantized
-from fourbit.merging.run import MergeOptions as MergeOptions
-from fourbit.merging.run import MergeResult as MergeResult
+from fourbit.merging.result import MergeOptions as MergeOptions
+from fourbit.merging.result import MergeResult as MergeResult
 from fourbit.merging.run import merge as merge

@@ -109,12 +109,14 @@ class Adapter:
         folder: holds adapter_config.json and the tensors.
         config: only the settings that decide a merge.
         shapes: of every tensor by its key.
+        keys: where a key is written otherwise in the file.
         base_name: what the adapter calls its base; shown, never followed.
     """
 
     folder: Path
     config: LoraConfig
     shapes: Mapping[str, tuple[int, ...]]
+    keys: Mapping[str, str]
     base_name: str | None
 
     @property
@@ -125,12 +127,13 @@ class Adapter:
     def tensor(self, key: str) -> Tensor:
         """One tensor in float32."""
         with safe_open(self.file, framework="pt") as tensors:
-            return tensors.get_tensor(key).to(torch.float32, copy=True)
+            stored = tensors.get_tensor(self.keys.get(key, key))
+            return stored.to(torch.float32, copy=True)
 
     def changes_nothing(self) -> bool:
         """Whether every B is zero and nothing is replaced whole."""
         with safe_open(self.file, framework="pt") as tensors:
-            names = [key for key in self.shapes if ".lora_A." not in key]
+            names = [self.keys.get(k, k) for k in self.shapes if ".lora_A." not in k]
             lora = all(".lora_B." in key for key in names)
             return lora and not any(bool(tensors.get_tensor(key).any()) for key in names)
 
@@ -147,6 +150,7 @@ def read_adapter(path: Path) -> Adapter:
     folder = find_adapter(path)
     header = check_safetensors(folder / ADAPTER_FILE)
     shapes = {k: tuple(entry["shape"]) for k, entry in header.items() if k != "__metadata__"}
+    keys = _plain_keys(shapes)
     values = _config_values(folder / "adapter_config.json")
     _refuse_kinds(values, folder)
     known = {key: values[key] for key in _KNOWN if values.get(key) is not None}
@@ -159,14 +163,26 @@ def read_adapter(path: Path) -> Adapter:
             what=str(error).splitlines()[0],
             fix="save the adapter again",
         ) from error
-    adapter = Adapter(folder, config, shapes, values.get("base_model_name_or_path"))
+    base_name = values.get("base_model_name_or_path")
+    adapter = Adapter(folder, config, shapes, keys, base_name)
     with safe_open(adapter.file, framework="pt") as tensors:
         for key in shapes:
-            tensor = tensors.get_tensor(key)
+            tensor = tensors.get_tensor(keys.get(key, key))
             if not tensor.is_floating_point():
                 raise _unfit(adapter, f"{key} holds {tensor.dtype}, not floating values")
             _require_finite(tensor, key, adapter)
     return adapter
+
+
+def _plain_keys(shapes: dict[str, tuple[int, ...]]) -> dict[str, str]:
+    """Renames PEFT's second copy of a resized embedding, or drops it where both are there."""
+    keys = {}
+    for key in [key for key in shapes if ".modules_to_save." in key]:
+        plain = key.replace(".modules_to_save.", ".")
+        shape = shapes.pop(key)
+        if plain not in shapes:
+            shapes[plain], keys[plain] = shape, key
+    return keys
 
 
 def _require_finite(tensor: Tensor, key: str, adapter: Adapter) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,9 +27,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 def make_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model on meta: names and shapes, no memory."""
+    """The model on meta: names and shapes, no memory. It may be changed, its configuration too."""
+    own = copy.deepcopy(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(own, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Base:
         quant: how the run held it; None for 16 or 32 bits.
         dequantize: give the weights that the 4 bits restore, not those on disk.
         held: dtype to which the run rounded the other weights; None rounds nothing.
+        hashed: dtype in which the other weights are hashed on their way; None hashes nothing.
     """
 
     source: ModelSource
@@ -59,8 +62,10 @@ class Base:
     quant: QuantConfig | None
     dequantize: bool
     held: torch.dtype | None = None
+    hashed: torch.dtype | None = None
     layers: dict[str, Linear4bit] = field(default_factory=dict)
     packed: dict[str, str] = field(default_factory=dict)
+    others: dict[str, str] = field(default_factory=dict)
     _stored: torch.dtype | None = None
 
     def weight(self, name: str) -> Tensor:
@@ -75,6 +80,8 @@ class Base:
             if not tensor.is_floating_point():
                 return tensor
             check_finite(tensor, name=name)
+            if self.hashed is not None:
+                self.others[name] = tensor_digest(tensor.to(self.hashed))
             return tensor if self.held is None else tensor.to(self.held)
         # transformers casts to one dtype before it quantizes; the bytes depend on that.
         self._stored = self._stored or stored_dtype(self.source)
@@ -106,6 +113,14 @@ class Base:
     def packed_sha256(self) -> str:
         """Of all 4-bit weights given so far, as the receipt of a run records it."""
         return combined_digest(self.packed)
+
+    def packed_names(self) -> set[str]:
+        """Names of the 4-bit weights given so far."""
+        return {name for name in self.packed if name.endswith(".weight")}
+
+    def every_sha256(self) -> str:
+        """Of all weights given so far, as the receipt of a run records it."""
+        return combined_digest(self.packed | self.others)
 
 
 def open_base(

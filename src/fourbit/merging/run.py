@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fourbit import __version__, files
 from fourbit import device as devices
+from fourbit import files
 from fourbit.data import resolve_template
 from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.loading import LoadOptions, load_config, load_model, load_tokenizer, stored_dtype
 from fourbit.merging.adapter import Changes, apply_update, attach, find_changes
 from fourbit.merging.base import Base, make_skeleton, open_base
 from fourbit.merging.card import merged_card
+from fourbit.merging.metadata import config_for, copy_metadata, write_generation_config
 from fourbit.merging.proof import (
     Measured,
     Parity,
@@ -34,11 +32,11 @@ from fourbit.merging.proof import (
     require_parity,
     rows_of_run,
 )
-from fourbit.merging.trained import Trained, find_trained, require_packed, require_same_model
+from fourbit.merging.result import MergeOptions, MergeResult
+from fourbit.merging.trained import Trained, find_trained, require_digests, require_same_model
 from fourbit.merging.writer import (
     PROOF,
     Entry,
-    config_for,
     folder_bytes,
     parse_size,
     plan_shards,
@@ -51,90 +49,12 @@ from fourbit.quantize import QuantConfig
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training.progress import Reporter
 
-BaseKind = Literal["auto", "dequantized", "original"]
-OutputDtype = Literal["auto", "bf16", "fp16", "fp32"]
-
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_NOT_COPIED = ("config.json", "generation_config.json", "model.safetensors.index.json", "README.md")
-_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*",
-           "NOTICE*", "USE_POLICY*")  # fmt: skip
+_TOKENIZER = "tokenizer_config.json"
 _LOUD = 0.1
 """Share of the adapter's own effect above which rounding is worth a warning."""
 _TOKENIZER = "tokenizer_config.json"
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """How a merge is made.
-
-    Attributes:
-        model: where the base lies; needed for an adapter without its run.
-        base: ``dequantized`` adds to the weights that the run's 4 bits restore, ``original`` to
-            those on disk; ``auto`` takes what the adapter was trained on.
-        quant: how the base was held, for an adapter without its run.
-        dtype: of the output; ``auto`` is the base's 16-bit dtype, else bf16.
-        max_shard_size: bytes of one file, such as ``5GB``.
-        proof: compare the merged folder with the adapter on its base.
-        proof_rows: evaluation rows asked at most.
-        overwrite: replace an earlier merge in the folder.
-    """
-
-    model: str | None = None
-    base: BaseKind = "auto"
-    quant: QuantConfig | None = None
-    dtype: OutputDtype = "auto"
-    max_shard_size: str = "5GB"
-    proof: bool = True
-    proof_rows: int = 32
-    overwrite: bool = False
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """What `merge` returns, and the keys of ``fourbit merge --json``."""
-
-    output: str
-    model: str
-    revision: str | None
-    base: str
-    dtype: str
-    bytes: int
-    tensors: int
-    updated: int
-    replaced: int
-    seconds: float
-    peak_host_bytes: int | None
-    proof: Parity | None
-    trained_difference: Parity | None
-    base_checked: str
-    findings: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready; the figures of the proof stand beside the others."""
-        values = asdict(self)
-        proof = values.pop("proof")
-        empty = {"max_abs_diff": None, "kl": None, "top1_agreement": None}
-        return {**values, "proven": proof is not None, **(proof or empty)}
-
-    def record(self) -> dict[str, Any]:
-        """For ``merge.json``."""
-        values = asdict(self)
-        values.pop("output")
-        return {"format": 1, "fourbit": __version__, "proven": self.proof is not None, **values}
-
-    def lines(self) -> list[str]:
-        """For people."""
-        lines = [
-            f"{self.tensors} tensors, {files.human_bytes(self.bytes)}, {self.dtype};"
-            f" {self.updated} updated, {self.replaced} replaced whole; {self.seconds:.1f} s",
-        ]
-        if self.proof is not None:
-            lines += self.proof.lines()
-        if self.trained_difference is not None:
-            lines.append("difference from the model that was trained, for the original base:")
-            lines += self.trained_difference.lines(left="trained", right="merged")[1:]
-        return [*lines, f"merged model: {self.output}"]
 
 
 def merge(
@@ -200,9 +120,8 @@ class _Merge:
             before, trained = self.ask_adapter(rows)
         with staged(self.output) as staging:
             self.write(staging, entries)
-            if rows is None and self.trained.quant is not None and self.trained.facts:
-                require_packed(self.trained, self.base.packed_sha256())
-                self.checked = "its 4-bit bytes"
+            if rows is None and self.trained.facts:
+                self.check_written()
             proof = difference = None
             if rows is not None and before is not None:
                 after = self.ask_merged(staging, rows)
@@ -257,6 +176,8 @@ class _Merge:
             trust_remote_code=trust,
         )
         self.dtype = self._output_dtype()
+        if trained.facts and not self.options.proof:
+            self.base.hashed = trained.dtype
         self._untie()
         self._open_tokenizer()
         if trained.adapter.changes_nothing():
@@ -350,7 +271,7 @@ class _Merge:
 
             write_shards(staging, shards, tensor)
         devices.release_memory()
-        self._write_metadata(staging)
+        self.write_metadata(staging)
 
     @torch.no_grad()
     def merged(self, name: str) -> Tensor:
@@ -362,7 +283,7 @@ class _Merge:
         adapter, changes = self.trained.adapter, self.changes
         if name in changes.replaced:
             value = adapter.tensor(changes.replaced[name])
-            if name in self.base.layers:
+            if self.trained.facts and not self.options.proof:
                 self.base.weight(name)  # counts towards the digest of the base
         else:
             value = self.base.weight(name)
@@ -383,32 +304,47 @@ class _Merge:
             )
         return result
 
-    def _write_metadata(self, staging: Path) -> None:
-        source = self.trained.source
-        raw = json.loads((source.metadata / "config.json").read_text(encoding="utf-8"))
+    def check_written(self) -> None:
+        """Without a proof no model is loaded: the base was hashed as its weights passed by.
+
+        Raises:
+            ModelError: the base is not the one of the run.
+        """
+        base, quantized = self.base, self.trained.quant is not None
         skeleton = make_skeleton(
             self.model_config, trust_remote_code=self.trained.trust_remote_code
         )
+        parameters = {name for name, _ in skeleton.named_parameters()}
+        # Buffers on disk are hashed by the run in dtypes that only a loaded model has.
+        exact = parameters == base.packed_names() | base.others.keys()
+        self.checked = require_digests(
+            self.trained,
+            base.packed_sha256() if quantized else None,
+            base.every_sha256 if exact else None,
+        )
+
+    def write_metadata(self, staging: Path) -> None:
+        """Configuration, tokenizer and generation settings."""
+        skeleton = make_skeleton(
+            self.model_config, trust_remote_code=self.trained.trust_remote_code
+        )
+        raw = self.trained.source.metadata / "config.json"
         values = config_for(
-            raw,
+            json.loads(raw.read_text(encoding="utf-8")),
             architecture=type(skeleton).__name__,
             dtype=self.dtype,
             tied=bool(self.base.tied),
             rows=self.changes.vocabulary,
         )
         files.replace_file(staging / "config.json", (json.dumps(values, indent=2) + "\n").encode())
-        patterns = (*_COPIED, "*.py") if self.trained.trust_remote_code else _COPIED
-        for folder in dict.fromkeys((source.metadata, self.tokenizer_source.metadata)):
-            for path in (path for pattern in patterns for path in folder.glob(pattern)):
-                if path.name not in _NOT_COPIED and not path.name.startswith("adapter_"):
-                    shutil.copyfile(path, staging / path.name)
+        copy_metadata(
+            (self.trained.source, self.tokenizer_source),
+            staging,
+            own_code=self.trained.trust_remote_code,
+        )
         if self.own_template:
             self.tokenizer.save_pretrained(staging)
-        generation = source.metadata / "generation_config.json"
-        if generation.is_file():
-            shutil.copyfile(generation, staging / "generation_config.json")
-        else:
-            GenerationConfig.from_model_config(self.model_config).save_pretrained(staging)
+        write_generation_config(self.trained.source, self.model_config, staging)
 
     # The proof.
 

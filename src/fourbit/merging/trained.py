@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from fourbit import checkpoint
-from fourbit import device as devices
 from fourbit.errors import InputError, ModelError, VerificationFailed
 from fourbit.files import sha256_of
 from fourbit.generate import find_adapter
@@ -149,31 +149,41 @@ def require_same_model(trained: Trained, model: PreTrainedModel) -> str:
     Raises:
         ModelError: other bytes.
     """
-    facts = trained.facts
-    packed = facts.get("packed_sha256")
-    if trained.quant is not None and packed is not None:
-        require_packed(trained, packed_digest(model))
-    wanted, dtype = facts.get("base_sha256"), trained.dtype
-    if dtype is None:
-        dtype = devices.resolve_precision("auto", torch.device("cpu"))
-    if wanted is None or (packed is not None and trained.dtype is None):
-        return "its 4-bit bytes" if packed is not None else "nothing: the run recorded no digest"
-    found = combined_digest(frozen_digests(model.requires_grad_(False)))
-    if found != wanted:
-        kind = "the unquantized tensors" if packed is not None else "the weights"
-        raise _other_base(trained, kind, wanted, found)
-    return "every byte"
+    packed = packed_digest(model) if trained.quant is not None else None
+    return require_digests(
+        trained, packed, lambda: combined_digest(frozen_digests(model.requires_grad_(False)))
+    )
 
 
-def require_packed(trained: Trained, found: str) -> None:
-    """Compares the digest of all 4-bit weights with the receipt's.
+def require_digests(trained: Trained, packed: str | None, every: Callable[[], str] | None) -> str:
+    """Compares digests of a base with the receipt's.
+
+    Args:
+        trained: the run.
+        packed: of the 4-bit weights; None when nothing was quantized.
+        every: computes that of all frozen tensors in the run's dtype; None when it cannot.
+
+    Returns:
+        What was compared, for the record.
 
     Raises:
         ModelError: the base is another one.
     """
+    compared = "nothing: the run recorded no digest"
     wanted = trained.facts.get("packed_sha256")
-    if wanted is not None and found != wanted:
-        raise _other_base(trained, "the 4-bit weights", wanted, found)
+    if packed is not None and wanted is not None:
+        if packed != wanted:
+            raise _other_base(trained, "the 4-bit weights", wanted, packed)
+        compared = "its 4-bit bytes"
+    wanted = trained.facts.get("base_sha256")
+    # Without the run's dtype the other tensors' bytes may differ by nothing but their cast.
+    if wanted is None or every is None or trained.dtype is None:
+        return compared
+    found = every()
+    if found != wanted:
+        kind = "the weights" if packed is None else "the unquantized tensors"
+        raise _other_base(trained, kind, wanted, found)
+    return "every byte"
 
 
 def _other_base(trained: Trained, kind: str, wanted: str, found: str) -> ModelError:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,28 +274,3 @@ def _publish(staging: Path, output: Path) -> None:
 def folder_bytes(folder: Path) -> int:
     """Bytes of all files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def config_for(
-    raw: Mapping[str, Any], *, architecture: str, dtype: torch.dtype, tied: bool, rows: int | None
-) -> dict[str, Any]:
-    """The base's config.json, true for the merged weights.
-
-    Args:
-        raw: the base's, as it lies on disk.
-        architecture: class name, where the base's does not say.
-        dtype: of the merged weights.
-        tied: whether the head shares the embedding.
-        rows: of a resized embedding; None when it kept its size.
-    """
-    values = dict(raw)
-    values.pop("quantization_config", None)
-    values["architectures"] = values.get("architectures") or [architecture]
-    name = str(dtype).removeprefix("torch.")
-    for key in {"dtype", *({"torch_dtype"} & values.keys())}:
-        values[key] = name
-    if "tie_word_embeddings" in values or not tied:
-        values["tie_word_embeddings"] = tied
-    if rows is not None:
-        values["vocab_size"] = rows
-    return values
