@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fourbit.errors import ModelError
-from fourbit.linear import SCALE_NAMES, Linear4bit, keep_dequantized, parameter_counts
+from fourbit.linear import Linear4bit, keep_dequantized, parameter_counts
 from fourbit.quantize import QuantConfig
 
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
@@ -57,7 +57,9 @@ def test_weight_survives(
     after = ROUND_TRIPS[change](before)
     assert torch.equal(after.dequantize(torch.float32), weight)
     assert after.weight.dtype == torch.uint8
-    assert {getattr(after, n).dtype for n in SCALE_NAMES if getattr(after, n) is not None} <= {
+    assert {
+        getattr(after, n).dtype for n in Linear4bit.scale_names if getattr(after, n) is not None
+    } <= {
         torch.uint8,
         torch.int32,
     }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fourbit.integrations.transformers import FourbitConfig as FourbitConfig
     from fourbit.integrations.transformers import quantize_model as quantize_model
     from fourbit.linear import Linear4bit as Linear4bit
+    from fourbit.linear import Linear8bit as Linear8bit
     from fourbit.loading import load as load
     from fourbit.lora import LoraSettings as LoraSettings
     from fourbit.merging.result import MergeOptions as MergeOptions
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from fourbit.quantize import QuantConfig as QuantConfig
     from fourbit.quantize import QuantState as QuantState
     from fourbit.quantize import dequantize_4bit as dequantize_4bit
+    from fourbit.quantize import dequantize_int8 as dequantize_int8
     from fourbit.quantize import quantize_4bit as quantize_4bit
+    from fourbit.quantize import quantize_int8 as quantize_int8
     from fourbit.receipt import Receipt as Receipt
     from fourbit.receipt import watch as watch
     from fourbit.training.config import TrainConfig as TrainConfig
@@ -41,6 +44,7 @@ _HOMES = {
     "FourbitConfig": "fourbit.integrations.transformers",
     "FourbitError": "fourbit.errors",
     "Linear4bit": "fourbit.linear",
+    "Linear8bit": "fourbit.linear",
     "LoraSettings": "fourbit.lora",
     "MergeOptions": "fourbit.merging.result",
     "MergeResult": "fourbit.merging.result",
@@ -52,11 +56,13 @@ _HOMES = {
     "TrainConfig": "fourbit.training.config",
     "TrainResult": "fourbit.training.run",
     "dequantize_4bit": "fourbit.quantize",
+    "dequantize_int8": "fourbit.quantize",
     "export_gguf": "fourbit.exporting",
     "load": "fourbit.loading",
     "merge": "fourbit.merging.run",
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
+    "quantize_int8": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
     "train": "fourbit.training.run",
     "verify": "fourbit.api",
@@ -69,6 +75,7 @@ __all__ = [
     "FourbitConfig",
     "FourbitError",
     "Linear4bit",
+    "Linear8bit",
     "LoraSettings",
     "MergeOptions",
     "MergeResult",
@@ -80,11 +87,13 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "dequantize_4bit",
+    "dequantize_int8",
     "export_gguf",
     "load",
     "merge",
     "plan",
     "quantize_4bit",
+    "quantize_int8",
     "quantize_model",
     "train",
     "verify",

@@ -8,7 +8,7 @@ import torch
 
 from fourbit import device as devices
 from fourbit import planner
-from fourbit.loading import load_config
+from fourbit.loading import load_config, stored_quantization
 from fourbit.receipt import Receipt
 from fourbit.sources import resolve_source
 from fourbit.training.config import TrainConfig
@@ -39,11 +39,13 @@ def plan(
     """
     run = config or TrainConfig()
     target = devices.default_device() if device is None else torch.device(device)
+    source = resolve_source(model, revision=run.revision)
+    stored = stored_quantization(source)
     return planner.plan_training(
-        load_config(resolve_source(model, revision=run.revision)),
+        load_config(source),
         planner.TrainingShape(
             method=run.method,
-            quant=run.quant,
+            quant=run.quant if stored is None else stored.quant,
             lora=run.lora,
             dtype=devices.resolve_precision(run.precision, target),
             batch_size=run.batch_size,

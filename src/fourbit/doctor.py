@@ -29,6 +29,9 @@ _OPS = (
     "dequantize_4bit",
     "linear_4bit",
     "lora_linear_4bit",
+    "quantize_int8",
+    "dequantize_int8",
+    "linear_int8",
     "dropout_mask",
 )
 _LITTLE_MEMORY = 2_000_000_000
@@ -217,7 +220,7 @@ def _kernels() -> Finding:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fourbit::{name}", key)
     ]
     if not fast:
-        return Finding("ok", f"every 4-bit operation on {key} is served by plain PyTorch")
+        return Finding("ok", f"every quantized operation on {key} is served by plain PyTorch")
     plain = [name for name in _OPS if name not in fast]
     rest = f"; plain PyTorch serves {', '.join(plain)}" if plain else ""
     return Finding("ok", f"kernels made for {key} serve {', '.join(fast)}{rest}")

@@ -1,12 +1,13 @@
-"""`Linear4bit`: a frozen 4-bit linear layer whose whole state is plain integer parameters.
+"""Frozen linear layers in 4 and 8 bits whose whole state is plain integer parameters.
 
 Floating scales would be cast by ``model.to(torch.bfloat16)`` and by FSDP2's mixed precision
 without a word; persistent buffers break sharded loading. So the float32 scales are held as their
-bits in int32, and the layer survives ``.to(dtype)``, ``state_dict``, pickling and ``deepcopy``.
+bits in int32, and the layers survive ``.to(dtype)``, ``state_dict``, pickling and ``deepcopy``.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,28 +16,144 @@ from torch import Tensor, nn
 
 from fourbit import ops
 from fourbit.codebook import NESTED_BLOCKSIZE, QuantType
-from fourbit.quantize import QuantConfig, quantize_4bit
-
-SCALE_NAMES = ("weight_absmax", "weight_nested_absmax", "weight_nested_offset")
-"""Parameters of a `Linear4bit` that are scales: bytes, but no weights of the model."""
+from fourbit.quantize import QuantConfig, quantize_4bit, quantize_int8
 
 
-class Linear4bit(nn.Linear):
-    """``y = x · dequant(W)ᵀ + bias`` with W frozen in 4 bits; backward gives dX only.
+class QuantizedLinear(nn.Linear):
+    """``y = x · dequant(W)ᵀ + bias`` with W frozen in few bits; backward gives dX only.
 
-    Shapes: x ``[..., in_features]``, y ``[..., out_features]``. ``weight`` is uint8
-    ``[out, in/2]``, or ``[ceil(out*in/2), 1]`` when ``in_features`` is odd. A subclass of
-    ``nn.Linear`` because that is what PEFT's ``all-linear`` and type checks look for.
+    Shapes: x ``[..., in_features]``, y ``[..., out_features]``. A subclass of ``nn.Linear``
+    because that is what PEFT's ``all-linear`` and type checks look for. `make` chooses the class.
 
     Args:
         in_features: K.
         out_features: N.
         bias: whether a bias exists; it is kept in 16 or 32 bits.
-        quant: data type, block size and double quantization.
         compute_dtype: dtype of the product; None multiplies in the dtype of ``x``.
         device: where the empty parameters are made (``meta`` while a model is being built).
         dtype: of the bias, and what `dequantize` returns by default.
     """
+
+    scale_names: tuple[str, ...]
+    """Parameters that are scales: bytes, but no weights of the model."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        # nn.Linear's own constructor would allocate the 16-bit weight this class exists to avoid.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.compute_dtype = compute_dtype
+        self.original_dtype = dtype or torch.get_default_dtype()
+        self.transposed_source = False
+        self._kept: Tensor | None = None
+        self.bias = _frozen((out_features,), self.original_dtype, device) if bias else None
+
+    @staticmethod
+    def make(
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quant: QuantConfig,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> QuantizedLinear:
+        """An empty layer in the format of ``quant``."""
+        kind = Linear8bit if quant.is_int8 else Linear4bit
+        return kind(
+            in_features,
+            out_features,
+            bias=bias,
+            quant=quant,
+            compute_dtype=compute_dtype,
+            device=device,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        quant: QuantConfig,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        name: str = "weight",
+    ) -> QuantizedLinear:
+        """Quantizes the weight of ``linear``; the bias is shared. On ``meta`` only shapes are made.
+
+        Raises:
+            ModelError: NaN or Inf in the weight.
+        """
+        layer = QuantizedLinear.make(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            quant=quant,
+            compute_dtype=compute_dtype,
+            device="meta",
+            dtype=linear.weight.dtype,
+        )
+        if not linear.weight.is_meta:
+            layer.replace_(layer.quantized(linear.weight.detach(), name=name))
+            layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    @abstractmethod
+    def quantized(self, weight: Tensor, *, name: str) -> dict[str, Tensor]:
+        """The parameters that represent ``weight`` ``[out, in]`` in this layer's format."""
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight ``[out, in]`` in ``dtype`` (default: what it was before)."""
+
+    @abstractmethod
+    def _product(self, x: Tensor) -> Tensor: ...
+
+    def replace_(self, tensors: dict[str, Tensor]) -> None:
+        """Makes ``tensors`` (as `quantized` gives them) this layer's parameters."""
+        for key, tensor in tensors.items():
+            setattr(self, key, nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def W_q(self) -> Tensor:  # noqa: N802
+        """The packed weight under the name by which PEFT knows layers with ``dequantize()``."""
+        return self.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``input``."""
+        input = autocast_input(input)
+        x = input if self.compute_dtype is None else input.to(self.compute_dtype)
+        if self._kept is not None and not torch.is_grad_enabled():
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self._kept.to(x.dtype), bias).to(input.dtype)
+        return self._product(x).to(input.dtype)
+
+
+class Linear4bit(QuantizedLinear):
+    """A linear layer in NF4 or FP4, its scales quantized again on request.
+
+    ``weight`` is uint8 ``[out, in/2]``, or ``[ceil(out*in/2), 1]`` when ``in_features`` is odd.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether a bias exists.
+        quant: data type, block size and double quantization.
+        compute_dtype: dtype of the product; None multiplies in the dtype of ``x``.
+        device: where the empty parameters are made.
+        dtype: of the bias, and what `dequantize` returns by default.
+    """
+
+    scale_names = ("weight_absmax", "weight_nested_absmax", "weight_nested_offset")
 
     def __init__(
         self,
@@ -49,18 +166,23 @@ class Linear4bit(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        # nn.Linear's own constructor would allocate the 16-bit weight this class exists to avoid.
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = in_features, out_features
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            compute_dtype=compute_dtype,
+            device=device,
+            dtype=dtype,
+        )
+        self.quant_storage = torch.uint8
+        self.adopt_format_(quant, device=device)
+
+    def adopt_format_(self, quant: QuantConfig, *, device: torch.device | str | None) -> None:
+        """Empties the layer for weights in the format of ``quant``."""
+        assert quant.quant_type != "int8"
         self.quant_type: QuantType = quant.quant_type
         self.blocksize, self.double_quant = quant.blocksize, quant.double_quant
-        self.compute_dtype = compute_dtype
-        self.original_dtype = dtype or torch.get_default_dtype()
-        self.transposed_source = False
-        self._kept: Tensor | None = None
-
-        numel = in_features * out_features
-        blocks = -(-numel // self.blocksize)
+        blocks = -(-self.in_features * self.out_features // self.blocksize)
         nested = -(-blocks // NESTED_BLOCKSIZE)
         self.weight = _frozen(self.packed_shape, torch.uint8, device)
         absmax_dtype = torch.uint8 if self.double_quant else torch.int32
@@ -71,36 +193,6 @@ class Linear4bit(nn.Linear):
         else:
             self.register_parameter("weight_nested_absmax", None)
             self.register_parameter("weight_nested_offset", None)
-        self.bias = _frozen((out_features,), self.original_dtype, device) if bias else None
-
-    @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        quant: QuantConfig,
-        *,
-        compute_dtype: torch.dtype | None = None,
-        name: str = "weight",
-    ) -> Linear4bit:
-        """Quantizes the weight of ``linear``; the bias is shared. On ``meta`` only shapes are made.
-
-        Raises:
-            ModelError: NaN or Inf in the weight.
-        """
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=linear.bias is not None,
-            quant=quant,
-            compute_dtype=compute_dtype,
-            device="meta",
-            dtype=linear.weight.dtype,
-        )
-        if not linear.weight.is_meta:
-            for key, tensor in layer.quantized(linear.weight.detach(), name=name).items():
-                setattr(layer, key, nn.Parameter(tensor, requires_grad=False))
-            layer.bias = linear.bias
-        return layer.train(linear.training)
 
     def quantized(self, weight: Tensor, *, name: str) -> dict[str, Tensor]:
         """The parameters that represent ``weight`` ``[out, in]`` in this layer's format."""
@@ -115,10 +207,7 @@ class Linear4bit(nn.Linear):
         if state.nested_absmax is not None and state.nested_offset is not None:
             tensors["weight_nested_absmax"] = state.nested_absmax
             tensors["weight_nested_offset"] = state.nested_offset
-        return {
-            key: tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
-            for key, tensor in tensors.items()
-        }
+        return as_bits(tensors)
 
     @property
     def packed_shape(self) -> tuple[int, int]:
@@ -147,19 +236,8 @@ class Linear4bit(nn.Linear):
             dtype=dtype or self.original_dtype,
         )
 
-    @property
-    def W_q(self) -> Tensor:  # noqa: N802
-        """The packed weight under the name by which PEFT knows layers with ``dequantize()``."""
-        return self.weight
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``input`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``input``."""
-        input = autocast_input(input)
-        x = input if self.compute_dtype is None else input.to(self.compute_dtype)
-        if self._kept is not None and not torch.is_grad_enabled():
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self._kept.to(x.dtype), bias).to(input.dtype)
-        y = ops.linear_4bit(
+    def _product(self, x: Tensor) -> Tensor:
+        return ops.linear_4bit(
             x,
             self.scales,
             self.bias,
@@ -167,7 +245,6 @@ class Linear4bit(nn.Linear):
             quant_type=self.quant_type,
             out_features=self.out_features,
         )
-        return y.to(input.dtype)
 
     def extra_repr(self) -> str:
         """Shape and format, for ``print(model)``."""
@@ -176,6 +253,97 @@ class Linear4bit(nn.Linear):
             f" bias={self.bias is not None}, quant_type={self.quant_type},"
             f" blocksize={self.blocksize}, double_quant={self.double_quant}"
         )
+
+
+class Linear8bit(QuantizedLinear):
+    """A linear layer in row-wise INT8 with LLM.int8's split of outlier activations.
+
+    ``weight`` is int8 ``[out, in]``, ``weight_absmax`` the bits of float32 ``[out]``. Columns of
+    ``x`` that reach ``threshold`` are multiplied in 16 bits (arXiv 2208.07339, section 3).
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether a bias exists.
+        quant: gives the threshold.
+        compute_dtype: dtype of the outliers' product and of the result; None takes that of ``x``.
+        device: where the empty parameters are made.
+        dtype: of the bias, and what `dequantize` returns by default.
+    """
+
+    scale_names = ("weight_absmax",)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        quant: QuantConfig,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias=bias,
+            compute_dtype=compute_dtype,
+            device=device,
+            dtype=dtype,
+        )
+        self.threshold = quant.llm_int8_threshold
+        self.weight = _frozen((out_features, in_features), torch.int8, device)
+        self.weight_absmax = _frozen((out_features,), torch.int32, device)
+
+    def keep_fp16_weight_(self) -> None:
+        """Empties the layer for a 16-bit weight that every forward quantizes anew.
+
+        What bitsandbytes calls ``has_fp16_weights``: the arithmetic of INT8, the memory of 16 bits.
+        """
+        shape = (self.out_features, self.in_features)
+        self.weight = _frozen(shape, self.original_dtype, self.weight.device)
+        self.register_parameter("weight_absmax", None)
+
+    @property
+    def has_fp16_weight(self) -> bool:
+        """Whether the weight is held in 16 bits and quantized in every forward."""
+        return self.weight_absmax is None
+
+    def quantized(self, weight: Tensor, *, name: str) -> dict[str, Tensor]:
+        """The parameters that represent ``weight`` ``[out, in]`` in this layer's format."""
+        if self.has_fp16_weight:
+            return {"weight": weight}
+        codes, absmax = quantize_int8(weight, name=name)
+        return as_bits({"weight": codes, "weight_absmax": absmax})
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight ``[out, in]`` in ``dtype`` (default: what it was before)."""
+        dtype = dtype or self.original_dtype
+        if self.weight_absmax is None:
+            return self.weight.detach().to(dtype)
+        return ops.dequantize_int8(self.weight, self.weight_absmax, dtype=dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return ops.linear_int8(
+            x, self.weight, self.weight_absmax, self.bias, threshold=self.threshold
+        )
+
+    def extra_repr(self) -> str:
+        """Shape and format, for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features},"
+            f" bias={self.bias is not None}, quant_type=int8, threshold={self.threshold:g},"
+            f" has_fp16_weight={self.has_fp16_weight}"
+        )
+
+
+def as_bits(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 scales as their bits in int32, the form in which layers hold them."""
+    return {
+        key: tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+        for key, tensor in tensors.items()
+    }
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -190,7 +358,8 @@ def keep_dequantized(model: nn.Module, dtype: torch.dtype, *, budget: int) -> It
     """Inside, every 4-bit layer keeps its 16-bit weight, so that generation expands it only once.
 
     The numbers are the same; memory grows by the 16-bit model, so nothing is kept when that
-    exceeds ``budget`` bytes. Training never uses kept weights.
+    exceeds ``budget`` bytes. Training never uses kept weights. INT8 layers, which multiply in
+    8 bits, have none to keep.
 
     Yields:
         Whether the weights are kept.
@@ -218,13 +387,13 @@ def _frozen(
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """``(trainable, all)`` parameters: 4-bit weights counted unpacked, scales not at all."""
+    """``(trainable, all)`` parameters: packed weights counted unpacked, scales not at all."""
     trainable = total = 0
-    quantized = {id(m.weight): m for m in model.modules() if isinstance(m, Linear4bit)}
+    quantized = {id(m.weight): m for m in model.modules() if isinstance(m, QuantizedLinear)}
     scales = {
         id(parameter)
         for layer in quantized.values()
-        for name in SCALE_NAMES
+        for name in layer.scale_names
         if (parameter := getattr(layer, name)) is not None
     }
     for parameter in model.parameters():

@@ -25,8 +25,9 @@ from transformers.utils import logging as hf_logging
 from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.integrations import gguf as gguf_files
+from fourbit.integrations.config import require_readable
 from fourbit.integrations.transformers import FourbitConfig
-from fourbit.linear import Linear4bit
+from fourbit.linear import QuantizedLinear
 from fourbit.quantize import QuantConfig, check_finite
 from fourbit.sources import ModelSource, check_index, check_safetensors, resolve_source
 
@@ -60,15 +61,7 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Pret
             what="the model wants to run its own Python code (auto_map)",
             fix="read that code, then set trust_remote_code: true",
         )
-    if quantization := raw.get("quantization_config"):
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown") if known else "unknown"
-        raise ModelError(
-            "already-quantized",
-            where=source.name,
-            what=f"the checkpoint is already quantized ({method})",
-            fix="start from the 16-bit checkpoint",
-        )
+    _quantization_of(raw, source.name)
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(
@@ -84,7 +77,33 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Pret
             fix="check config.json, or update transformers",
         ) from error
     _require_causal_lm(source.name, config, trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")  # `load_model` reads it where it loads weights
     return config
+
+
+def stored_quantization(source: ModelSource) -> FourbitConfig | None:
+    """How the checkpoint itself is quantized (bitsandbytes' format); None when it is not.
+
+    Raises:
+        ModelError: it is quantized in a format that is not read.
+    """
+    return _quantization_of(_raw_config(source), source.name)
+
+
+def _quantization_of(raw: dict[str, Any], name: str) -> FourbitConfig | None:
+    stored = raw.get("quantization_config")
+    if not stored:
+        return None
+    stored = stored if isinstance(stored, dict) else {}
+    where = f"{name}/config.json"
+    require_readable(stored, where=where)
+    try:
+        return FourbitConfig.from_quant(QuantConfig(), compute_dtype=None).of_checkpoint(stored)
+    except InputError as error:
+        raise ModelError(
+            "bad-config-json", where=where, what=f"quantization_config: {error.what}"
+        ) from error
 
 
 def _raw_config(source: ModelSource) -> dict[str, Any]:
@@ -161,7 +180,8 @@ class LoadOptions:
     """How a model is loaded; the defaults suit inference on this machine.
 
     Attributes:
-        quant: 4-bit storage; None loads plain weights.
+        quant: quantized storage; None loads the weights as they are stored. A checkpoint that is
+            quantized itself keeps its own format.
         dtype: of activations and unquantized weights; None chooses by hardware.
         device: None takes an accelerator when there is one.
         attn_implementation: transformers' name (sdpa, eager, ...); None lets it choose.
@@ -188,9 +208,14 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     for path in source.weight_files():
         if path.suffix == ".safetensors":
             check_safetensors(path)
+    stored = _raw_config(source).get("quantization_config")
+    quant = options.quant
+    if stored:
+        quant = quant or QuantConfig()
+        config.quantization_config = stored
     keywords: dict[str, Any] = {
         "config": config,
-        "dtype": dtype if options.quant is None else stored_dtype(source),
+        "dtype": dtype if quant is None or stored else stored_dtype(source),
         "device_map": {"": device},
         "trust_remote_code": options.trust_remote_code,
         "output_loading_info": True,
@@ -199,9 +224,9 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     }
     if options.attn_implementation is not None:
         keywords["attn_implementation"] = options.attn_implementation
-    if options.quant is not None:
+    if quant is not None:
         keywords["quantization_config"] = FourbitConfig.from_quant(
-            options.quant, compute_dtype=_compute_dtype(options.quant)
+            quant, compute_dtype=_compute_dtype(quant)
         )
     where: str | None = str(source.path)
     if source.kind == "gguf":
@@ -210,7 +235,7 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         keywords["use_safetensors"] = True
     model, info = _from_pretrained(source, where, keywords)
     _require_complete(source, model, info)
-    if options.quant is not None:
+    if quant is not None:
         _cast_unquantized(model, dtype)
     devices.release_memory()
     return model.eval()
@@ -263,8 +288,8 @@ def _from_pretrained(
         raise
     except _LIBRARY_FAULTS as error:
         quantization: FourbitConfig | None = keywords.get("quantization_config")
-        if quantization is not None and quantization.failure is not None:
-            raise quantization.failure from None
+        if quantization is not None and quantization.failures:
+            raise quantization.failures[0] from None
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, FourbitError):
@@ -348,7 +373,9 @@ class UnquantizedTensor:
 
 def unquantized_tensors(model: nn.Module) -> list[UnquantizedTensor]:
     """Tensors above 1% of the model's bytes that are not held in 4 bits, largest first."""
-    packed = {id(p) for m in model.modules() if isinstance(m, Linear4bit) for p in m.parameters()}
+    packed = {
+        id(p) for m in model.modules() if isinstance(m, QuantizedLinear) for p in m.parameters()
+    }
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     total = sum(sizes.values()) or 1
     listed = [

@@ -26,7 +26,7 @@ from fourbit.integrations.transformers import (
     enable_checkpointing,
     quantize_model,
 )
-from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.linear import parameter_counts
 from fourbit.lora import LoraSettings
 from fourbit.quantize import QuantConfig
 
@@ -254,7 +254,7 @@ def _logits(config: PretrainedConfig, shape: TrainingShape) -> int:
 def _workspace(model: nn.Module, shape: TrainingShape) -> int:
     """The largest weight dequantized, and the gradients passing through the widest layer."""
     element = torch.finfo(shape.dtype).bits // 8
-    linears = [m for m in model.modules() if isinstance(m, (nn.Linear, Linear4bit))]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     largest = max((m.in_features * m.out_features for m in linears), default=0)
     # The head is multiplied in chunks and not dequantized; the widest block layer decides.
     widths = sorted((m.in_features + m.out_features for m in linears), reverse=True)

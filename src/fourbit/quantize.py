@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from fourbit import codebook, ops
@@ -22,14 +22,27 @@ ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+WeightType = Literal["nf4", "fp4", "int8"]
+
+
 class QuantConfig(Settings):
     """How frozen weights are stored. The defaults are the paper's."""
 
-    quant_type: codebook.QuantType = Field(default="nf4", description="4-bit data type")
+    quant_type: WeightType = Field(
+        default="nf4", description="data type: 4-bit nf4 or fp4, or row-wise int8"
+    )
     blocksize: int = Field(default=64, description="weights that share one scale (absmax)")
     double_quant: bool = Field(default=True, description="quantize the scales again, to 8 bits")
     compute_dtype: ComputeDtype = Field(
         default="auto", description="arithmetic of the matrix product; auto follows `precision`"
+    )
+    llm_int8_threshold: float = Field(
+        default=6.0,
+        ge=0,
+        description="int8: activation columns that reach it are multiplied in 16 bits; 0: none",
+    )
+    allow_unquantized: bool = Field(
+        default=False, description="accept a model of which a large part stays in 16 bits"
     )
 
     @field_validator("blocksize")
@@ -40,9 +53,27 @@ class QuantConfig(Settings):
             raise ValueError(f"blocksize {value} is not one of {legal}")
         return value
 
+    @model_validator(mode="after")
+    def _fits_the_type(self) -> QuantConfig:
+        foreign = ("blocksize", "double_quant") if self.is_int8 else ("llm_int8_threshold",)
+        for name in foreign:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} means nothing for quant_type {self.quant_type}")
+        return self
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether weights take 8 bits with one scale a row."""
+        return self.quant_type == "int8"
+
     @property
     def bits_per_weight(self) -> float:
-        """4 bits plus the share of the scales: 4.127 with double quantization at block 64."""
+        """Code plus the share of the scales: 4.127 with double quantization at block 64.
+
+        INT8's one scale a row depends on the row's length and is not counted.
+        """
+        if self.is_int8:
+            return 8.0
         if not self.double_quant:
             return 4 + 32 / self.blocksize
         return 4 + 8 / self.blocksize + 32 / (self.blocksize * codebook.NESTED_BLOCKSIZE)
@@ -132,6 +163,40 @@ def quantize_4bit(
         absmax, nested_absmax, nested_offset, quant_type, blocksize, weight.shape, weight.dtype
     )
     return packed[:, None], state
+
+
+def quantize_int8(weight: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tensor]:
+    """Row-wise INT8 as LLM.int8 stores it (arXiv 2208.07339): from float16, half to even.
+
+    Args:
+        weight: float32, float16 or bfloat16 ``[N, K]``.
+        name: how errors call the tensor.
+
+    Returns:
+        Codes int8 ``[N, K]`` and float32 absmax ``[N]``.
+
+    Raises:
+        ModelError: NaN or Inf in ``weight``, or a value beyond float16's 65,504.
+        ValueError: an unsupported dtype or shape.
+    """
+    if weight.dtype not in _FLOATS or weight.dim() != 2:
+        raise ValueError(f"{name}: INT8 takes float matrices, not {weight.dtype} {weight.dim()}-D")
+    check_finite(weight, name=name)
+    codes, absmax = ops.quantize_int8(weight)
+    if not torch.isfinite(absmax).all():
+        raise ModelError(
+            "beyond-float16",
+            where=name,
+            what=f"row {int((~torch.isfinite(absmax)).nonzero()[0])} holds a value above 65504,"
+            " which INT8's float16 step cannot hold",
+            fix="use quant_type nf4",
+        )
+    return codes, absmax
+
+
+def dequantize_int8(codes: Tensor, absmax: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """``code * absmax / 127`` as ``[N, K]`` in ``dtype``."""
+    return ops.dequantize_int8(codes, absmax, dtype=dtype)
 
 
 def dequantize_4bit(

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit.errors import InputError, ModelError
-from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.linear import Linear4bit, QuantizedLinear, parameter_counts
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
@@ -113,7 +113,7 @@ def install() -> None:
             target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
         ) -> nn.Module | None:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-            if isinstance(base, Linear4bit) and kwargs.get("parameter_name") is None:
+            if isinstance(base, QuantizedLinear) and kwargs.get("parameter_name") is None:
                 kwargs.pop("parameter_name", None)
                 return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
             return dispatch(target, adapter_name, config=config, **kwargs)
@@ -125,7 +125,7 @@ def install() -> None:
     if not getattr(count, _MARK, False):
 
         def count_fourbit(self: PeftModel) -> tuple[int, int]:
-            if any(isinstance(module, Linear4bit) for module in self.modules()):
+            if any(isinstance(module, QuantizedLinear) for module in self.modules()):
                 return parameter_counts(self)
             return count(self)
 

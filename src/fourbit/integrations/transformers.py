@@ -1,176 +1,70 @@
-"""Our quantizer as transformers knows quantizers: the one way a model is loaded in 4 bits.
+"""Our quantizer as transformers knows quantizers: the one way a quantized model is loaded.
 
-Hooks used, each with a test: the public registries of quantization configs and quantizers, and
-`PreTrainedModel.num_parameters`, wrapped because it would count packed bytes as parameters.
+Hooks used, each with a test: the public registries of quantization configs and quantizers;
+`PreTrainedModel.num_parameters`, wrapped because it would count packed bytes as parameters; and
+`AutoHfQuantizer.merge_quantization_configs`, wrapped because it refuses to read a checkpoint of
+bitsandbytes with any other class of configuration.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fourbit.codebook import BLOCKSIZES
-from fourbit.errors import FourbitError, InputError, ModelError, nearest
+from fourbit import bnb_format
+from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.integrations import peft as peft_hooks
-from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.integrations.config import METHOD, FourbitConfig
+from fourbit.linear import Linear4bit, Linear8bit, QuantizedLinear, parameter_counts
 from fourbit.quantize import QuantConfig
 
-_METHOD = "fourbit"
 _MARK = "_fourbit_hook"
 _PLAIN_LINEARS = ("Linear", "FalconLinear")
 """Classes whose forward is exactly ``x @ W.T + b``; other subclasses do more than that."""
-_LATER: dict[str, tuple[Any, ...]] = {
-    "load_in_8bit": (False, None),
-    "llm_int8_threshold": (6.0, None),
-    "llm_int8_has_fp16_weight": (False, None),
-    "llm_int8_enable_fp32_cpu_offload": (False, None),
-    "bnb_4bit_quant_storage": ("uint8", torch.uint8, None),
-}
-"""Names of ``BitsAndBytesConfig`` that are not built, with the values that ask for nothing."""
+_LARGE_SHARE = 0.5
+"""A model of which more than this share of its inner weights stays in 16 bits is refused."""
 
 
-@dataclass(init=False)
-class FourbitConfig(QuantizationConfigMixin):
-    """For ``from_pretrained(..., quantization_config=FourbitConfig(...))``.
-
-    Takes the 4-bit names of transformers' ``BitsAndBytesConfig`` with their meaning and defaults,
-    so that swapping the class changes no bytes (fp4, block 64, no double quantization, fp32
-    products), plus ``blocksize``.
-
-    Raises:
-        InputError: an unknown name, or a value that is not supported.
-    """
-
-    quant: QuantConfig = field(default_factory=QuantConfig)
-    compute_dtype: torch.dtype | None = None
-    modules_to_not_convert: list[str] | None = None
-
-    def __init__(
-        self,
-        *,
-        load_in_4bit: bool = True,
-        bnb_4bit_quant_type: str = "fp4",
-        bnb_4bit_compute_dtype: torch.dtype | str | None = None,
-        bnb_4bit_use_double_quant: bool = False,
-        blocksize: int = 64,
-        llm_int8_skip_modules: list[str] | None = None,
-        **unknown: Any,
-    ) -> None:
-        # transformers turns what goes wrong inside a conversion into a log entry; kept here.
-        self.failure: FourbitError | None = None
-        self.quant_method = _METHOD  # type: ignore[assignment]  # transformers' enum is closed
-        unknown.pop("quant_method", None)
-        _refuse_unknown(unknown)
-        if not load_in_4bit:
-            raise InputError(
-                "not-4bit",
-                where="FourbitConfig.load_in_4bit",
-                what="only 4-bit loading is built",
-                fix="leave load_in_4bit at True, or load without a quantization_config",
-            )
-        if bnb_4bit_quant_type not in ("nf4", "fp4"):
-            raise InputError(
-                "bad-value",
-                where="FourbitConfig.bnb_4bit_quant_type",
-                what=f"'{bnb_4bit_quant_type}' is not nf4 or fp4",
-            )
-        self.quant = QuantConfig(
-            quant_type=bnb_4bit_quant_type,  # type: ignore[arg-type]  # checked above
-            blocksize=_blocksize(blocksize),
-            double_quant=bnb_4bit_use_double_quant,
-        )
-        self.compute_dtype = _torch_dtype(bnb_4bit_compute_dtype or torch.float32)
-        self.modules_to_not_convert = llm_int8_skip_modules
-
-    @classmethod
-    def from_quant(cls, quant: QuantConfig, *, compute_dtype: torch.dtype | None) -> FourbitConfig:
-        """The same from our own configuration; None multiplies in the activations' dtype."""
-        config = cls(
-            bnb_4bit_quant_type=quant.quant_type,
-            bnb_4bit_use_double_quant=quant.double_quant,
-            blocksize=quant.blocksize,
-        )
-        config.compute_dtype = compute_dtype
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, in the names the constructor takes."""
-        dtype = self.compute_dtype or torch.float32
-        return {
-            # Not load_in_4bit: by that key transformers takes a configuration for bitsandbytes'.
-            "quant_method": _METHOD,
-            "bnb_4bit_quant_type": self.quant.quant_type,
-            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
-            "bnb_4bit_use_double_quant": self.quant.double_quant,
-            "blocksize": self.quant.blocksize,
-            "llm_int8_skip_modules": self.modules_to_not_convert,
-        }
-
-
-register_quantization_config(_METHOD)(FourbitConfig)
-
-
-def _refuse_unknown(unknown: dict[str, Any]) -> None:
-    known = (
-        "load_in_4bit",
-        "bnb_4bit_quant_type",
-        "bnb_4bit_compute_dtype",
-        "bnb_4bit_use_double_quant",
-        "blocksize",
-        "llm_int8_skip_modules",
-    )
-    for name, value in unknown.items():
-        later = name in _LATER
-        if later and value in _LATER[name]:
-            continue
-        raise InputError(
-            "not-built" if later else "unknown-key",
-            where=f"FourbitConfig.{name}",
-            what="is not built yet" if later else "unknown name",
-            fix="leave it out" if later else nearest(name, known),
-        )
-
-
-def _blocksize(value: int) -> int:
-    if value not in BLOCKSIZES:
-        raise InputError(
-            "bad-value",
-            where="FourbitConfig.blocksize",
-            what=f"{value!r} is no block size",
-            fix=f"use one of {', '.join(map(str, BLOCKSIZES))}",
-        )
-    return value
-
-
-def _torch_dtype(value: torch.dtype | str) -> torch.dtype:
-    if isinstance(value, torch.dtype):
-        return value
-    dtype = getattr(torch, value.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise InputError(
-            "bad-value",
-            where="FourbitConfig.bnb_4bit_compute_dtype",
-            what=f"'{value}' is no dtype",
-            fix="use bfloat16, float16 or float32",
-        )
-    return dtype
-
-
-class _Quantize(ConversionOps):
-    """One weight, as it arrives from disk, to its packed parameters."""
+class _Operation(ConversionOps):
+    """What our quantizer does with tensors as they arrive from disk."""
 
     def __init__(self, hf_quantizer: FourbitQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Operation:
+        # transformers copies the conversions; what was loaded is noted on the one quantizer
+        return self
+
+    def _kept(self, error: FourbitError) -> FourbitError:
+        self.hf_quantizer.quantization_config.failures.append(error)
+        return error
+
+    def _parameters(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+        prefix = name.removesuffix("weight")
+        self.hf_quantizer.loaded.add(prefix)
+        return {
+            prefix + key: nn.Parameter(tensor, requires_grad=False)
+            for key, tensor in tensors.items()
+        }
+
+
+class _Quantize(_Operation):
+    """One floating weight to its packed parameters."""
 
     def convert(  # type: ignore[override]  # transformers itself passes these by name
         self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
@@ -181,21 +75,51 @@ class _Quantize(ConversionOps):
         for name, value in input_dict.items():
             weight: Tensor = value[0] if isinstance(value, list) else value
             layer, _ = get_module_from_name(model, name)
-            assert isinstance(layer, Linear4bit)
+            assert isinstance(layer, QuantizedLinear)
             try:
-                tensors = _packed(layer, weight, name)
+                result |= self._parameters(name, _packed(layer, weight, name))
             except FourbitError as error:
-                config = self.hf_quantizer.quantization_config
-                config.failure = config.failure or error
-                raise
-            prefix = name.removesuffix("weight")
-            for key, tensor in tensors.items():
-                result[prefix + key] = nn.Parameter(tensor, requires_grad=False)
-            self.hf_quantizer.loaded.add(prefix)
+                raise self._kept(error) from None
         return result
 
 
-def _packed(layer: Linear4bit, weight: Tensor, name: str) -> dict[str, Tensor]:
+class _Deserialize(_Operation):
+    """The stored tensors of one layer to its parameters; transformers brings every weight here."""
+
+    def convert(  # type: ignore[override]  # transformers itself passes these by name
+        self,
+        input_dict: dict[str, Any],
+        model: nn.Module | None = None,
+        full_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Names without prefix and stored tensors in, full names and parameters out."""
+        assert model is not None
+        assert full_layer_name is not None
+        stored = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+        module, name = get_module_from_name(model, full_layer_name)
+        try:
+            if isinstance(module, QuantizedLinear):
+                tensors = bnb_format.from_disk(module, stored, name=full_layer_name)
+                return self._parameters(full_layer_name, tensors)
+            return {full_layer_name: _plain(stored, module, name, full_layer_name)}
+        except FourbitError as error:
+            raise self._kept(error) from None
+
+
+def _plain(stored: Mapping[str, Tensor], module: nn.Module, name: str, full: str) -> Tensor:
+    waiting = getattr(module, name)
+    if stored.keys() != {"weight"} or not stored["weight"].is_floating_point():
+        raise ModelError(
+            "bad-quantized-tensor",
+            where=full,
+            what="is quantized in the files, but the configuration leaves its layer plain",
+            fix="use the config.json that belongs to the weights (llm_int8_skip_modules)",
+        )
+    return stored["weight"].to(waiting.dtype)
+
+
+def _packed(layer: QuantizedLinear, weight: Tensor, name: str) -> dict[str, Tensor]:
     shape = (layer.out_features, layer.in_features)
     wanted = shape[::-1] if layer.transposed_source else shape
     if tuple(weight.shape) != wanted:
@@ -211,7 +135,11 @@ def _packed(layer: Linear4bit, weight: Tensor, name: str) -> dict[str, Tensor]:
 
 
 class FourbitQuantizer(HfQuantizer):
-    """Streams weights into `Linear4bit` layers while transformers loads them."""
+    """Streams weights into `QuantizedLinear` layers while transformers loads them, and saves them.
+
+    A checkpoint in bitsandbytes' format is read without a copy; any other is quantized tensor by
+    tensor.
+    """
 
     quantization_config: FourbitConfig  # type: ignore[assignment]
     requires_calibration = False
@@ -219,7 +147,7 @@ class FourbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FourbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.loaded: set[str] = set()
-        quantization_config.failure = None
+        quantization_config.failures.clear()
 
     @property
     def quantized_element_size(self) -> float:
@@ -237,60 +165,71 @@ class FourbitQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:  # type: ignore[override]  # a property in the base class
-        """Whether ``save_pretrained`` may write the packed model."""
-        return False
+        """``save_pretrained`` writes bitsandbytes' format."""
+        return True
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses a checkpoint that is already quantized."""
-        if self.pre_quantized:
-            raise ModelError(
-                "already-quantized",
-                where="config.json",
-                what="the checkpoint is already quantized",
-                fix="start from the 16-bit checkpoint",
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses to spread a model over devices when there are several processes."""
+        devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        spread = len(devices) > 1 or bool(devices & {"auto", "balanced", "sequential"})
+        processes = int(os.environ.get("WORLD_SIZE", "1") or 1)
+        if spread and processes > 1:
+            raise InputError(
+                "device-map-in-processes",
+                where="device_map",
+                what=f"{processes} processes, and a device_map that spreads the model: each process"
+                " would take every device",
+                fix="one process, one device: device_map={'': local_rank}",
             )
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether the tensor of this name is the weight of a 4-bit layer."""
+        """Whether the tensor of this name is the weight of a quantized layer."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return isinstance(module, QuantizedLinear) and name == "weight"
 
     def get_quantize_ops(self) -> _Quantize:
         """The operation transformers applies to each such tensor."""
         return _Quantize(self)
 
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How the stored tensors of a layer are gathered when the checkpoint is quantized."""
+        if not self.pre_quantized:
+            return []
+        int8 = self.quantization_config.quant.is_int8
+        names = bnb_format.NAMES_8BIT if int8 else bnb_format.NAMES_4BIT
+        # "weight" last: it is the beginning of the others
+        return [WeightConverter([*names[1:], names[0]], "weight", [_Deserialize(self)])]
+
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **kwargs: Any
+        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
+        skip = _skipped(model, config, device_map)
         replaced = replace_linears(
-            model,
-            config.quant,
-            compute_dtype=config.compute_dtype,
-            skip=self.get_modules_to_not_convert(
-                model,
-                config.modules_to_not_convert,
-                list(model._keep_in_fp32_modules or []),
-                add_default_skips=True,
-            ),
+            model, config.quant, compute_dtype=config.compute_dtype, skip=skip
         )
         for name in replaced:
+            layer = model.get_submodule(name)
+            assert isinstance(layer, QuantizedLinear)
             # Otherwise transformers would draw random numbers into integer parameters.
-            model.get_submodule(name)._is_hf_initialized = True  # type: ignore[assignment]
-        for layer in model.modules():
-            if isinstance(layer, Linear4bit):
+            layer._is_hf_initialized = True  # type: ignore[assignment]
+            _apply(config, layer)
+            if not self.pre_quantized:
                 # transformers before 5.23 casts what arrives to the waiting parameter's dtype
-                dtype = layer.original_dtype
                 shape = (layer.out_features, layer.in_features)
-                waiting = torch.empty(shape, dtype=dtype, device="meta")
+                waiting = torch.empty(shape, dtype=layer.original_dtype, device="meta")
                 layer.weight = nn.Parameter(waiting, requires_grad=False)
+        if not config.allow_unquantized:
+            _refuse_mostly_plain(model)
         install()
         return model
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        layers = [name for name, m in model.named_modules() if isinstance(m, Linear4bit)]
+        if self.quantization_config.failures:
+            raise self.quantization_config.failures[0]
+        layers = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
         missing = [name for name in layers if f"{name}." not in self.loaded]
         if missing:
             raise ModelError(
@@ -299,10 +238,123 @@ class FourbitQuantizer(HfQuantizer):
                 what=f"{len(missing)} tensors are missing, first: {missing[0]}.weight",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
+        # save_pretrained reverts the conversions of loading; ours is `get_state_dict_and_metadata`
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions:
+            model._weight_conversions = [  # type: ignore[assignment]
+                entry
+                for entry in conversions
+                if not any(isinstance(op, _Operation) for op in getattr(entry, "operations", ()))
+            ]
+        return model
+
+    def get_state_dict_and_metadata(  # type: ignore[override]  # the base returns nothing
+        self, model: nn.Module
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: quantized layers under bitsandbytes' names."""
+        return stored_state_dict(model), {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantizedLinear):
+                model.set_submodule(name, _plain_layer(module, dtype or module.original_dtype))
         return model
 
 
-register_quantizer(_METHOD)(FourbitQuantizer)
+def _register() -> None:
+    register_quantization_config(METHOD)(FourbitConfig)
+    register_quantizer(METHOD)(FourbitQuantizer)
+    merge = AutoHfQuantizer.merge_quantization_configs
+
+    def merge_fourbit(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        stored, ours = quantization_config, quantization_config_from_args
+        if isinstance(ours, FourbitConfig) and isinstance(stored, dict):
+            return ours.of_checkpoint(stored)
+        return merge(stored, ours)
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_fourbit)  # type: ignore[method-assign]
+
+
+_register()
+
+
+def stored_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with quantized layers under bitsandbytes' names."""
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            for key in ("weight", *module.scale_names):
+                state.pop(f"{name}.{key}", None)
+            tensors = bnb_format.to_disk(module)
+            state |= {f"{name}.{key}": tensor for key, tensor in tensors.items()}
+    return state
+
+
+def _plain_layer(layer: QuantizedLinear, dtype: torch.dtype) -> nn.Module:
+    weight = layer.dequantize(dtype)
+    with torch.device("meta"):
+        plain: nn.Module = (
+            Conv1D(layer.out_features, layer.in_features)
+            if layer.transposed_source
+            else nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        )
+    weight = weight.t().contiguous() if layer.transposed_source else weight
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.register_parameter("bias", layer.bias)
+    return plain.train(layer.training)
+
+
+def _skipped(model: PreTrainedModel, config: FourbitConfig, device_map: Any) -> list[str]:
+    """Modules that stay plain: those asked for, and heads whose weight is an embedding's."""
+    listed = config.modules_to_not_convert
+    skip = HfQuantizer.get_modules_to_not_convert(
+        model,
+        None if listed is None else [_as_regex(name) for name in listed],
+        list(model._keep_in_fp32_modules or []),
+    )
+    tied = {**(getattr(model, "all_tied_weights_keys", None) or {})}
+    skip += [name.removesuffix(".weight") for name in (*tied.keys(), *tied.values())]
+    if config.llm_int8_enable_fp32_cpu_offload and isinstance(device_map, dict):
+        skip += [name for name, place in device_map.items() if name and place in ("cpu", "disk")]
+    return skip
+
+
+def _as_regex(name: str) -> str:
+    """A module name in which ``*`` stands for anything, as the regex transformers matches."""
+    return re.sub(r"(?<![.)\]])\*", ".*", name)
+
+
+def _apply(config: FourbitConfig, layer: QuantizedLinear) -> None:
+    if isinstance(layer, Linear4bit):
+        layer.quant_storage = config.bnb_4bit_quant_storage
+    elif isinstance(layer, Linear8bit) and config.llm_int8_has_fp16_weight:
+        layer.keep_fp16_weight_()
+
+
+def _refuse_mostly_plain(model: PreTrainedModel) -> None:
+    """Counts matrices outside embeddings and head: they are what a user expects to shrink."""
+    apart = {id(model.get_output_embeddings())}
+    plain: dict[str, int] = {}
+    packed = 0
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            packed += module.in_features * module.out_features
+        elif not isinstance(module, nn.Embedding) and id(module) not in apart:
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() >= 2:
+                    plain[f"{name}.{key}"] = parameter.numel()
+    total = packed + sum(plain.values())
+    if sum(plain.values()) > _LARGE_SHARE * total:
+        largest = max(plain, key=lambda name: plain[name])
+        raise ModelError(
+            "mostly-unquantized",
+            where=type(model).__name__,
+            what=f"{sum(plain.values()) / total:.0%} of its inner weights would stay in 16 bits,"
+            f" largest: {largest}",
+            fix="set allow_unquantized: true to load it all the same",
+        )
 
 
 def replace_linears(
@@ -312,7 +364,7 @@ def replace_linears(
     compute_dtype: torch.dtype | None,
     skip: list[str],
 ) -> list[str]:
-    """Swaps every linear layer (GPT-2's Conv1D too) for a `Linear4bit`, in place.
+    """Swaps every linear layer (GPT-2's Conv1D too) for a `QuantizedLinear`, in place.
 
     On the meta device, where transformers builds models, only shapes are made.
 
@@ -320,7 +372,7 @@ def replace_linears(
         The names of the replaced layers.
 
     Raises:
-        ModelError: there is none, so the model would be called 4-bit and be nothing of it.
+        ModelError: there is none, so the model would be called quantized and be nothing of it.
     """
     replaced = []
     kernel_weights = _kernel_weights(model)
@@ -333,7 +385,7 @@ def replace_linears(
             continue
         if name in kernel_weights or not should_convert_module(name, skip):
             continue
-        layer = Linear4bit.from_linear(source, quant, compute_dtype=compute_dtype, name=name)
+        layer = QuantizedLinear.from_linear(source, quant, compute_dtype=compute_dtype, name=name)
         layer.transposed_source = isinstance(module, Conv1D)
         model.set_submodule(name, layer)
         replaced.append(name)
@@ -341,7 +393,7 @@ def replace_linears(
         raise ModelError(
             "nothing-to-quantize",
             where=type(model).__name__,
-            what="the architecture has no linear layer that can be held in 4 bits",
+            what="the architecture has no linear layer that can be held in few bits",
             fix="load it without quantization (method: lora)",
         )
     return replaced
@@ -376,11 +428,17 @@ def quantize_model(
     Returns:
         The names of the quantized layers.
     """
-    skip = HfQuantizer.get_modules_to_not_convert(
-        model, keep_in_fp32_modules=list(model._keep_in_fp32_modules or [])
-    )
+    config = FourbitConfig.from_quant(quant, compute_dtype=compute_dtype)
+    skip = _skipped(model, config, None)
     replaced = replace_linears(model, quant, compute_dtype=compute_dtype, skip=skip)
+    if not quant.allow_unquantized:
+        _refuse_mostly_plain(model)
     install()
+    # so that save_pretrained writes packed layers in a format that others read
+    model.hf_quantizer = FourbitQuantizer(config)  # type: ignore[assignment]
+    model.config.quantization_config = config
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = METHOD  # type: ignore[assignment]
     return replaced
 
 
@@ -394,7 +452,7 @@ def install() -> None:
     def num_parameters(
         self: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
     ) -> int:
-        if not any(isinstance(module, Linear4bit) for module in self.modules()):
+        if not any(isinstance(module, QuantizedLinear) for module in self.modules()):
             return count(self, only_trainable, exclude_embeddings)
         trainable, total = parameter_counts(self)
         embeddings = 0

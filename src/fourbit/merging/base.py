@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,17 +13,18 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fourbit import ops
+from fourbit.bnb_format import NAMES_4BIT, NAMES_8BIT, from_disk
 from fourbit.errors import ModelError
 from fourbit.integrations import gguf as gguf_files
 from fourbit.integrations.transformers import converts_weights, quantize_model
-from fourbit.linear import Linear4bit
+from fourbit.linear import QuantizedLinear
 from fourbit.loading import stored_dtype
 from fourbit.quantize import QuantConfig, check_finite
 from fourbit.receipt import combined_digest, tensor_digest
 from fourbit.sources import ModelSource, check_index, check_safetensors
 
 _INDEX = "model.safetensors.index.json"
+_PART_ENDINGS = tuple(name for name in (*NAMES_4BIT, *NAMES_8BIT) if name != "weight")
 
 
 def make_skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -51,6 +52,7 @@ class Base:
         slots: name in the model -> tensor on disk, in the order of the files.
         tied: name -> the name whose weight it shares.
         quant: how the run held it; None for 16 or 32 bits.
+        parts: weight that is quantized on disk -> its scales there.
         dequantize: give the weights that the 4 bits restore, not those on disk.
         held: dtype to which the run rounded the other weights; None rounds nothing.
         hashed: dtype in which the other weights are hashed on their way; None hashes nothing.
@@ -63,13 +65,14 @@ class Base:
     dequantize: bool
     held: torch.dtype | None = None
     hashed: torch.dtype | None = None
-    layers: dict[str, Linear4bit] = field(default_factory=dict)
+    layers: dict[str, QuantizedLinear] = field(default_factory=dict)
+    parts: dict[str, dict[str, Callable[[], Tensor]]] = field(default_factory=dict)
     packed: dict[str, str] = field(default_factory=dict)
     others: dict[str, str] = field(default_factory=dict)
     _stored: torch.dtype | None = None
 
     def weight(self, name: str) -> Tensor:
-        """One weight in its stored dtype, or restored from 4 bits in float32; may be read-only.
+        """One weight in its stored dtype, or restored from few bits in float32; may be read-only.
 
         Raises:
             ModelError: NaN or Inf.
@@ -83,32 +86,27 @@ class Base:
             if self.hashed is not None:
                 self.others[name] = tensor_digest(tensor.to(self.hashed))
             return tensor if self.held is None else tensor.to(self.held)
+        layer.replace_(self._packed(name, layer, tensor))
+        prefix = name.removesuffix("weight")
+        for key, part in layer.named_parameters(recurse=False):
+            if key != "bias":
+                self.packed[prefix + key] = tensor_digest(part)
+        result = tensor
+        if self.dequantize:
+            matrix = layer.dequantize(torch.float32)
+            result = matrix.t() if layer.transposed_source else matrix
+        layer.to_empty(device="meta")
+        return result
+
+    def _packed(self, name: str, layer: QuantizedLinear, tensor: Tensor) -> dict[str, Tensor]:
+        """The layer's parameters: as they lie on disk, or quantized as the run did."""
+        if name in self.parts:
+            own = {key: read() for key, read in self.parts[name].items()}
+            return from_disk(layer, {"weight": tensor, **own}, name=name)
         # transformers casts to one dtype before it quantizes; the bytes depend on that.
         self._stored = self._stored or stored_dtype(self.source)
         tensor = tensor.to(self._stored)
-        restored = self._through_4bit(tensor, layer, name)
-        return restored if self.dequantize else tensor
-
-    def _through_4bit(self, tensor: Tensor, layer: Linear4bit, name: str) -> Tensor:
-        matrix = tensor.t() if layer.transposed_source else tensor
-        parts = layer.quantized(matrix, name=name)
-        prefix = name.removesuffix("weight")
-        self.packed |= {prefix + key: tensor_digest(part) for key, part in parts.items()}
-        if not self.dequantize:
-            return tensor
-        restored = ops.dequantize_4bit(
-            (
-                parts["weight"],
-                parts["weight_absmax"],
-                parts.get("weight_nested_absmax"),
-                parts.get("weight_nested_offset"),
-            ),
-            blocksize=layer.blocksize,
-            quant_type=layer.quant_type,
-            shape=matrix.shape,
-            dtype=torch.float32,
-        )
-        return restored.t() if layer.transposed_source else restored
+        return layer.quantized(tensor.t() if layer.transposed_source else tensor, name=name)
 
     def packed_sha256(self) -> str:
         """Of all 4-bit weights given so far, as the receipt of a run records it."""
@@ -160,14 +158,24 @@ def open_base(
         if source.kind == "gguf"
         else _folder_slots(source, skeleton.base_model_prefix, set(skeleton.state_dict()))
     )
+    parts = _stored_parts(skeleton, found)
     tied = _tied(skeleton, found)
-    slots = _in_model(source, skeleton, found, tied)
-    base = Base(source, slots, tied, quant, dequantize, held)
+    slots = _in_model(source, skeleton, found, tied, packed=parts.keys())
+    base = Base(source, slots, tied, quant, dequantize, held, parts=parts)
     if quant is not None:
-        for name in quantize_model(skeleton, quant):
+        for name in quantize_model(skeleton, quant.model_copy(update={"allow_unquantized": True})):
             layer = skeleton.get_submodule(name)
-            assert isinstance(layer, Linear4bit)
-            base.layers[f"{name}.weight"] = layer
+            assert isinstance(layer, QuantizedLinear)
+            if f"{name}.weight" in parts or not parts:
+                base.layers[f"{name}.weight"] = layer
+    lost = sorted(parts.keys() - base.layers.keys())
+    if lost:
+        raise ModelError(
+            "quantized-elsewhere",
+            where=source.name,
+            what=f"{lost[0]} is quantized on disk, a place where no adapter's base has been tried",
+            fix="start from the 16-bit checkpoint",
+        )
     return base
 
 
@@ -191,8 +199,24 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(named))]
 
 
+def _stored_parts(
+    skeleton: PreTrainedModel, found: dict[str, Slot]
+) -> dict[str, dict[str, Callable[[], Tensor]]]:
+    """Takes the scales of weights that are quantized on disk out of ``found``."""
+    names = skeleton.state_dict().keys()
+    parts: dict[str, dict[str, Callable[[], Tensor]]] = {}
+    for key in [key for key in found if key not in names]:
+        slot = found.pop(key)
+        for ending in _PART_ENDINGS:
+            module = key.removesuffix(f".{ending}")
+            if key != module and f"{module}.weight" in names:
+                parts.setdefault(f"{module}.weight", {})[ending] = slot.read
+    return parts
+
+
 def _folder_slots(source: ModelSource, prefix: str, names: set[str]) -> dict[str, Slot]:
     slots: dict[str, Slot] = {}
+    ends = tuple(f".{ending}" for ending in _PART_ENDINGS)
     for path in _shards(source.path):
         header = check_safetensors(path)
         entries = [(key, entry) for key, entry in header.items() if key != "__metadata__"]
@@ -207,6 +231,9 @@ def _folder_slots(source: ModelSource, prefix: str, names: set[str]) -> dict[str
                 if name in names:
                     slots[name] = slot
                     break
+            else:
+                if key.endswith(ends):
+                    slots[key] = slot
     return slots
 
 
@@ -243,6 +270,8 @@ def _in_model(
     skeleton: PreTrainedModel,
     found: Mapping[str, Slot],
     tied: Mapping[str, str],
+    *,
+    packed: Collection[str],
 ) -> dict[str, Slot]:
     """Every weight of the model exactly once, in the order of the files."""
     shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
@@ -258,7 +287,7 @@ def _in_model(
     slots = {name: slot for name, slot in found.items() if name not in tied}
     for name, slot in slots.items():
         # GGUF drops dimensions of one element; its reader puts them back.
-        if slot.shape != shapes[name] and source.kind != "gguf":
+        if slot.shape != shapes[name] and source.kind != "gguf" and name not in packed:
             raise ModelError(
                 "mismatched-weights",
                 where=source.name,

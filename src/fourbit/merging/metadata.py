@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,38 @@ from transformers import GenerationConfig, PretrainedConfig
 
 from fourbit.sources import ModelSource
 
-_NOT_COPIED = ("config.json", "generation_config.json", "model.safetensors.index.json", "README.md")
-_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt", "LICENSE*",
-           "NOTICE*", "USE_POLICY*")  # fmt: skip
-
+_TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+_PAPERS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _GENERATION = "generation_config.json"
 
 
-def copy_metadata(sources: Iterable[ModelSource], folder: Path, *, own_code: bool) -> None:
-    """Copies tokenizer, chat template and licence, of a later source over an earlier one.
+def copy_metadata(
+    base: ModelSource, tokenizer: ModelSource, folder: Path, *, own_code: bool
+) -> None:
+    """Copies the tokenizer with its chat template, and the base's licence.
 
     Args:
-        sources: where they lie.
+        base: the base model.
+        tokenizer: where the tokenizer lies: the base's, or the adapter's own.
         folder: where they go.
-        own_code: also the repository's own Python code.
+        own_code: also the base's own Python code.
     """
-    patterns = (*_COPIED, "*.py") if own_code else _COPIED
-    for place in dict.fromkeys(source.metadata for source in sources):
-        for path in (path for pattern in patterns for path in place.glob(pattern)):
-            # Of an adapter's folder, what belongs to the adapter alone stays there.
-            if path.name not in _NOT_COPIED and not path.name.startswith("adapter_"):
+    wanted = [(tokenizer.metadata, _TOKENIZER), (base.metadata, _PAPERS)]
+    if own_code:
+        wanted.append((base.metadata, ("*.py",)))
+    for place, patterns in wanted:
+        for path in {path for pattern in patterns for path in place.glob(pattern)}:
+            if path.is_file():
                 shutil.copyfile(path, folder / path.name)
 
 

@@ -12,7 +12,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from fourbit import device as devices
 from fourbit.data import ChatTemplate, prompt_of, read_rows, resolve_template, split, tokenize
 from fourbit.errors import FourbitError, VerificationFailed
 from fourbit.evaluate import exact_match
@@ -194,15 +193,6 @@ def fixed_rows(tokenizer: PreTrainedTokenizerBase) -> Rows:
         ids = list(tokenizer(text).input_ids)
         samples.append((ids, [False] + [True] * (len(ids) - 1)))
     return Rows(tuple(samples), (), "built-in texts")
-
-
-def compute_dtype(parameters: int, device: torch.device, out: torch.dtype) -> torch.dtype:
-    """float32 where the merged model fits the memory in it, else the dtype it is written in."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = devices.host_memory()[1]
-    return torch.float32 if 4 * parameters <= free // 2 else out
 
 
 @torch.no_grad()

@@ -52,6 +52,9 @@ def count_requantized(base: Tensor, merged: Tensor, quant: QuantConfig) -> Requa
         base: float32 ``[out, in]``, as the 4 bits restore it.
         merged: the same with the adapter's update.
         quant: the 4-bit format of both.
+
+    Raises:
+        ValueError: INT8, whose merge needs no such count.
     """
     before, _ = _pack(base, quant)
     after, restored = _pack(merged, quant)
@@ -66,6 +69,8 @@ def count_requantized(base: Tensor, merged: Tensor, quant: QuantConfig) -> Requa
 
 
 def _pack(weight: Tensor, quant: QuantConfig) -> tuple[Tensor, Tensor]:
+    if quant.quant_type == "int8":
+        raise ValueError("only 4-bit formats are counted")
     packed, state = quantize_4bit(
         weight,
         quant_type=quant.quant_type,

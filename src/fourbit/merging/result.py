@@ -81,6 +81,6 @@ class MergeResult:
         if self.proof is not None:
             lines += self.proof.lines()
         if self.trained_difference is not None:
-            lines.append("difference from the model that was trained, for the original base:")
+            lines.append("difference from the model as it was trained:")
             lines += self.trained_difference.lines(left="trained", right="merged")[1:]
         return [*lines, f"merged model: {self.output}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from fourbit import device as devices
 from fourbit import files
 from fourbit.data import resolve_template
 from fourbit.errors import FourbitError, InputError, ModelError
+from fourbit.linear import QuantizedLinear, keep_dequantized
 from fourbit.loading import LoadOptions, load_config, load_model, load_tokenizer, stored_dtype
 from fourbit.merging.adapter import Changes, apply_update, attach, find_changes
 from fourbit.merging.base import Base, make_skeleton, open_base
@@ -26,7 +28,6 @@ from fourbit.merging.proof import (
     Parity,
     Rows,
     compare,
-    compute_dtype,
     fixed_rows,
     measure,
     require_parity,
@@ -175,6 +176,13 @@ class _Merge:
             held=None if kind == "original" else trained.dtype,
             trust_remote_code=trust,
         )
+        if self.base.parts and not dequantize:
+            raise InputError(
+                "base-quantized",
+                where="--base",
+                what="the base on disk is quantized itself, there is no original",
+                fix="leave --base out, or give the 16-bit model with --model",
+            )
         self.dtype = self._output_dtype()
         if trained.facts and not self.options.proof:
             self.base.hashed = trained.dtype
@@ -237,7 +245,8 @@ class _Merge:
         rows = self.changes.vocabulary
         entries = []
         for name, slot in self.base.slots.items():
-            dtype = self.dtype if slot.floating else slot.read().dtype
+            floating = slot.floating or name in self.base.layers
+            dtype = self.dtype if floating else slot.read().dtype
             entries.append(Entry(name, shapes[name], dtype))
         if rows is not None:
             self._require_all_resized(entries, rows)
@@ -338,7 +347,8 @@ class _Merge:
         )
         files.replace_file(staging / "config.json", (json.dumps(values, indent=2) + "\n").encode())
         copy_metadata(
-            (self.trained.source, self.tokenizer_source),
+            self.trained.source,
+            self.tokenizer_source,
             staging,
             own_code=self.trained.trust_remote_code,
         )
@@ -360,20 +370,24 @@ class _Merge:
         return rows or fixed_rows(self.tokenizer)
 
     def ask_adapter(self, rows: Rows) -> tuple[Measured, Measured | None]:
-        """The adapter on the base it is merged into, and, if that is another, as it was trained."""
-        quant = self.trained.quant
-        if self.base.dequantize or quant is None:
-            return self._ask_adapter(rows, quant, check=True), None
-        trained = self._ask_adapter(rows, quant, check=True)
-        return self._ask_adapter(rows, None, check=False), trained
+        """The adapter on the base it is merged into, and as it was trained where that differs.
 
-    def _ask_adapter(self, rows: Rows, quant: QuantConfig | None, *, check: bool) -> Measured:
+        It differs when the original base is taken, and for INT8, which rounds activations too.
+        """
+        quant = self.trained.quant
+        if quant is None or (self.base.dequantize and not quant.is_int8):
+            return self._ask_adapter(rows, quant), None
+        trained = self._ask_adapter(rows, quant, as_trained=True)
+        inner = quant if self.base.dequantize else None
+        return self._ask_adapter(rows, inner, check=False), trained
+
+    def _ask_adapter(
+        self, rows: Rows, quant: QuantConfig | None, *, check: bool = True, as_trained: bool = False
+    ) -> Measured:
         device, dtype = self._proof_place()
-        held = self.trained.dtype or dtype
         options = LoadOptions(
-            # The products run in the proof's dtype, whatever the run's hardware had.
-            quant=quant and quant.model_copy(update={"compute_dtype": "auto"}),
-            dtype=held if check else dtype,
+            quant=quant,
+            dtype=(self.trained.dtype or dtype) if check else dtype,
             device=device,
             trust_remote_code=self.trained.trust_remote_code,
         )
@@ -382,17 +396,30 @@ class _Merge:
         if check and self.trained.facts:
             self.checked = require_same_model(self.trained, model)
         nn.Module.to(model, dtype)  # packed weights are integers and stay
+        for layer in model.modules():
+            if isinstance(layer, QuantizedLinear):
+                # Products in the proof's dtype, whatever the run's hardware had.
+                layer.compute_dtype = None
         model = attach(model, self.trained.adapter)
-        with self.say.task("asking the adapter", total=len(rows.samples)) as advance:
+        budget = devices.free_memory(device) // 2
+        if quant is not None and quant.is_int8:
+            # Kept weights are also what INT8's own products are not: free of activation rounding.
+            budget = 0 if as_trained else sys.maxsize
+        with (
+            keep_dequantized(model, dtype, budget=budget),
+            self.say.task("asking the adapter", total=len(rows.samples)) as advance,
+        ):
             measured = measure(model, self.tokenizer, rows, advance=advance)
         del model
         devices.release_memory()
         return measured
 
     def _proof_place(self) -> tuple[torch.device, torch.dtype]:
+        """float32 where the merged model fits the memory in it, else the dtype it is written in."""
         device = devices.default_device()
         size = sum(torch.Size(slot.shape).numel() for slot in self.base.slots.values())
-        return device, compute_dtype(size, device, self.dtype)
+        fits = 4 * size <= devices.free_memory(device) // 2
+        return device, torch.float32 if fits else self.dtype
 
     def ask_merged(self, staging: Path, rows: Rows) -> Measured:
         """The merged folder, read back from the disk."""

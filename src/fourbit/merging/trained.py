@@ -14,6 +14,7 @@ from fourbit import checkpoint
 from fourbit.errors import InputError, ModelError, VerificationFailed
 from fourbit.files import sha256_of
 from fourbit.generate import find_adapter
+from fourbit.loading import stored_quantization
 from fourbit.merging.adapter import Adapter, read_adapter
 from fourbit.quantize import QuantConfig
 from fourbit.receipt import combined_digest, frozen_digests, packed_digest, read_receipt
@@ -81,7 +82,10 @@ def find_trained(
                 what=f"an adapter without its run does not prove its base{said}",
                 fix="--model MODEL",
             )
-        return Trained(adapter, resolve_source(model), quant, None, {}, None)
+        source = resolve_source(model)
+        stored = stored_quantization(source)
+        held = quant if stored is None else stored.quant
+        return Trained(adapter, source, held, None, {}, None)
     config = load_settings(TrainConfig, path=run.config_path).value
     if quant is not None:
         raise InputError(

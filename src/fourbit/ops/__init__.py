@@ -9,6 +9,7 @@ from torch import Tensor
 
 # The import registers the default kernels: an op without one could be defined but not called.
 from fourbit.ops import reference as reference
+from fourbit.ops import schema
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
@@ -64,3 +65,20 @@ def lora_linear_4bit(
         x, *scales, bias, lora_A, lora_B, seed, blocksize, quant_type, scaling, dropout
     )
     return y
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-wise INT8 of ``[N, K]``: codes int8 ``[N, K]`` and float32 absmax ``[N]``."""
+    return schema.quantize_int8(weight)
+
+
+def dequantize_int8(codes: Tensor, absmax: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """``code * absmax / 127`` as ``[N, K]`` in ``dtype``."""
+    return torch.ops.fourbit.dequantize_int8(codes, absmax, dtype)
+
+
+def linear_int8(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, bias: Tensor | None, *, threshold: float
+) -> Tensor:
+    """LLM.int8 product; differentiable in ``x``, ``bias`` and a floating ``weight``."""
+    return torch.ops.fourbit.linear_int8(x, weight, absmax, bias, threshold)

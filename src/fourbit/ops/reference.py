@@ -16,6 +16,8 @@ from fourbit import codebook
 from fourbit.ops.schema import default_kernel
 
 _TINY = 1e-38  # keeps 1/absmax finite for an all-zero block
+_PER_CODE = 7.874015718698502e-3  # 1 / 127
+_HALF_MAX = 65504.0  # the largest float16
 _CHUNK = 1 << 20  # weights handled at once: fp32 temporaries stay inside the last-level cache
 
 
@@ -122,6 +124,82 @@ def dequantize_4bit(
             values[full:] *= blocks[-1]
         flat[start:stop] = values
     return out
+
+
+@default_kernel("quantize_int8")
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes ``round(w * 127 / absmax)`` of each row, from the float16 of ``weight``, half to even.
+
+    LLM.int8 (arXiv 2208.07339), section 2.1. A row of zeros has absmax 0 and codes 0.
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    rows = max(1, _CHUNK // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], rows):
+        part = slice(start, start + rows)
+        codes[part], absmax[part] = _int8_rows(weight[part].to(torch.float16).float())
+    return codes, absmax
+
+
+def _int8_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    """``[M, K]`` float32 to int8 ``[M, K]`` and absmax ``[M]``."""
+    absmax = values.abs().amax(dim=1) if values.shape[1] else values.new_zeros(values.shape[0])
+    factors = (127.0 / absmax).masked_fill_(absmax == 0, 0.0)
+    return torch.round(values * factors[:, None]).to(torch.int8), absmax
+
+
+@default_kernel("dequantize_int8")
+def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """``code * absmax[row] / 127`` in float32, then one rounding to ``dtype``.
+
+    In bitsandbytes' order of multiplications, so that the bits agree.
+    """
+    return (codes.float() * _float_bits(absmax)[:, None]).mul_(_PER_CODE).to(dtype)
+
+
+@default_kernel("linear_int8")
+def linear_int8(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, bias: Tensor | None, threshold: float
+) -> Tensor:
+    """LLM.int8: ``x · dequant(W)ᵀ + bias`` with both factors in 8 bits, outlier columns apart.
+
+    Columns of ``x`` in which some magnitude is at or above ``threshold`` (0: none) are multiplied
+    in ``x.dtype`` with the dequantized weights; the rest as int8 · int8 in int32. With ``absmax``
+    None the weight is a floating one, quantized here.
+    """
+    codes, scales = (weight, _float_bits(absmax)) if absmax is not None else quantize_int8(weight)
+    flat = x.reshape(-1, x.shape[-1])
+    halves = flat.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).float()
+    outliers = None
+    if threshold > 0:
+        large = halves.abs() >= threshold
+        outliers = large.any(dim=0).nonzero()[:, 0]
+        # a large value takes no part in its row's scale, its column none in the int8 product
+        halves = halves.masked_fill(large, 0.0)
+    x_codes, x_scales = _int8_rows(halves)
+    if outliers is not None:
+        x_codes[:, outliers] = 0
+    y = _int8_product(x_codes, codes).float()
+    y.mul_(x_scales[:, None] * scales).mul_(_PER_CODE * _PER_CODE)
+    if outliers is not None and outliers.numel():
+        columns = dequantize_int8(codes[:, outliers], scales, x.dtype)
+        with _no_autocast(x):
+            y += (flat[:, outliers] @ columns.t()).float()
+    if bias is not None:
+        y += bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+
+
+def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Exact ``x · weightᵀ`` of int8 matrices, int32 ``[M, N]``.
+
+    Float32 holds sums of up to 1,040 such products without rounding, so K is taken in pieces.
+    """
+    y = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
+    for start in range(0, x.shape[1], 1024):
+        part = slice(start, start + 1024)
+        y += (x[:, part].float() @ weight[:, part].float().t()).to(torch.int32)
+    return y
 
 
 @default_kernel("dropout_mask")

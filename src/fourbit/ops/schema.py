@@ -6,7 +6,7 @@ b = ceil(n / blocksize) blocks, m = ceil(b / 256) second-level scales.
 Scales travel as tensors: without double quantization ``absmax`` is float32 ``[b]`` (or the same
 bits as int32, the form in which modules hold them) and the two ``nested_*`` tensors are absent;
 with it ``absmax`` is uint8 ``[b]``, ``nested_absmax`` is float32/int32 ``[m]`` and
-``nested_offset`` float32/int32 ``[1]``.
+``nested_offset`` float32/int32 ``[1]``. INT8 has one ``absmax`` per row, float32/int32 ``[N]``.
 
 A faster kernel is added with ``LIBRARY.impl(name, fn, "CPU" | "CUDA")``; callers never change.
 """
@@ -29,6 +29,11 @@ LIBRARY.define("quantize_absmax(Tensor absmax) -> (Tensor, Tensor, Tensor)")
 LIBRARY.define(f"dequantize_4bit({_SCALES}, {_FORMAT}, SymInt[] shape, ScalarType dtype) -> Tensor")
 LIBRARY.define(
     f"linear_4bit(Tensor x, {_SCALES}, Tensor? bias, {_FORMAT}, SymInt out_features) -> Tensor"
+)
+LIBRARY.define("quantize_int8(Tensor weight) -> (Tensor, Tensor)")
+LIBRARY.define("dequantize_int8(Tensor codes, Tensor absmax, ScalarType dtype) -> Tensor")
+LIBRARY.define(
+    "linear_int8(Tensor x, Tensor weight, Tensor? absmax, Tensor? bias, float threshold) -> Tensor"
 )
 LIBRARY.define("dropout_mask(Tensor x, Tensor seed, float dropout) -> Tensor")
 LIBRARY.define(
@@ -85,6 +90,25 @@ def _(
 ) -> Tensor:
     torch._check(packed.dtype == torch.uint8, lambda: "packed weights are uint8")
     return packed.new_empty(tuple(shape), dtype=dtype)
+
+
+@torch.library.register_fake("fourbit::quantize_int8", lib=LIBRARY)
+def _(weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes = weight.new_empty(weight.shape, dtype=torch.int8)
+    return codes, weight.new_empty((weight.shape[0],), dtype=torch.float32)
+
+
+@torch.library.register_fake("fourbit::dequantize_int8", lib=LIBRARY)
+def _(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    torch._check(codes.dtype == torch.int8, lambda: "INT8 weights are int8")
+    return codes.new_empty(codes.shape, dtype=dtype)
+
+
+@torch.library.register_fake("fourbit::linear_int8", lib=LIBRARY)
+def _(
+    x: Tensor, weight: Tensor, absmax: Tensor | None, bias: Tensor | None, threshold: float
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("fourbit::dropout_mask", lib=LIBRARY)
@@ -153,6 +177,35 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 torch.library.register_autograd(
     "fourbit::linear_4bit", _linear_backward, setup_context=_linear_setup, lib=LIBRARY
+)
+
+
+def _int8_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, absmax, _bias, _threshold = inputs
+    ctx.save_for_backward(weight, absmax, x if weight.requires_grad else None)
+
+
+def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, absmax, x = ctx.saved_tensors
+    grad_x = grad_weight = grad_bias = None
+    flat = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[0]:
+        codes, scales = (weight, absmax) if absmax is not None else quantize_int8(weight)
+        grad_x = grad @ torch.ops.fourbit.dequantize_int8(codes, scales, grad.dtype)
+    if ctx.needs_input_grad[1]:
+        grad_weight = (flat.t() @ x.reshape(-1, x.shape[-1]).to(flat.dtype)).to(weight.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_bias = flat.sum(0)
+    return grad_x, grad_weight, None, grad_bias, None
+
+
+def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-wise INT8: codes int8 ``[N, K]`` and float32 absmax ``[N]``."""
+    return torch.ops.fourbit.quantize_int8(weight)
+
+
+torch.library.register_autograd(
+    "fourbit::linear_int8", _int8_backward, setup_context=_int8_setup, lib=LIBRARY
 )
 
 

@@ -26,6 +26,7 @@ from fourbit.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    stored_quantization,
     unquantized_tensors,
 )
 from fourbit.optim import build_optimizer
@@ -209,10 +210,30 @@ class _Run:
         self.source = resolve_source(self.config.model, revision=self.config.revision)
         trust = self.config.trust_remote_code
         self.model_config = load_config(self.source, trust_remote_code=trust)
+        self._adopt_stored_format()
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust)
         self._cap_length()
         self._tokenize(rows)
         self._plan(device)
+
+    def _adopt_stored_format(self) -> None:
+        """A base that is quantized already keeps its bytes; only some methods can use it."""
+        stored = stored_quantization(self.source)
+        if stored is None:
+            return
+        kind = stored.quant.quant_type
+        if self.config.method in ("lora", "full"):
+            raise InputError(
+                "quantized-base",
+                where="method",
+                what=f"{self.config.model} is already quantized ({kind}),"
+                f" method {self.config.method} trains 16-bit weights",
+                fix="use method: qlora, or the 16-bit model",
+            )
+        quant = stored.quant.model_copy(update={"compute_dtype": self.config.quant.compute_dtype})
+        self.config = self.config.model_copy(update={"quant": quant})
+        self.origins["quant.quant_type"] = "the checkpoint"
+        self.say.line(f"the base is already quantized: {kind}, its bytes are used as they are")
 
     def _cap_length(self) -> None:
         """A default length above the model's context is no wish: it becomes the context."""
