@@ -218,6 +218,35 @@ def test_a_resized_vocabulary_with_its_tokenizer(model_folder, tmp_path):
     assert caught.value.what == "the tokenizer has tokens up to id 278, the embedding 272 rows"
 
 
+def test_an_int8_run(make_run, tmp_path):
+    run = make_run("llama", quant={"quant_type": "int8"}, data={"eval": 4, "packing": False})
+    result = call(run, tmp_path / "out", dtype="fp32")
+    assert result.proof.kl < 1e-9
+    # INT8 rounds activations too: that is shown, and is no fault of the merge.
+    assert result.trained_difference.kl > 1e-7
+
+
+def test_a_base_that_is_quantized_on_disk(model_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(model_folder("llama"), dtype=torch.float32)
+    fourbit.quantize_model(base, QuantConfig(double_quant=False, allow_unquantized=True))
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    chats = write_chats(tmp_path / "chats.jsonl", 8)
+    run = tmp_path / "run"
+    train_tiny(tmp_path / "base", chats, run, data={"eval": 2}, precision="fp32")
+    result = call(run, tmp_path / "out", dtype="fp32")
+    assert result.proof.kl < 1e-9
+    assert result.base_checked == "every byte"
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert call(run, tmp_path / "o2", proof=False).base_checked == "every byte"
+    found = fails(InputError, "base-quantized", run, tmp_path / "o3", base="original")
+    assert found.what == "the base on disk is quantized itself, there is no original"
+    alone = adapter_of(run, tmp_path)
+    call(alone, tmp_path / "o4", dtype="fp32", model=str(tmp_path / "base"))
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "o4"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 # The folder.
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit import device as devices
 from fourbit import files
@@ -377,12 +376,12 @@ class _Merge:
         quant = self.trained.quant
         if quant is None or (self.base.dequantize and not quant.is_int8):
             return self._ask_adapter(rows, quant), None
-        trained = self._ask_adapter(rows, quant, as_trained=True)
+        trained = self._ask_adapter(rows, quant)
         inner = quant if self.base.dequantize else None
-        return self._ask_adapter(rows, inner, check=False), trained
+        return self._ask_adapter(rows, inner, check=False, plain=True), trained
 
     def _ask_adapter(
-        self, rows: Rows, quant: QuantConfig | None, *, check: bool = True, as_trained: bool = False
+        self, rows: Rows, quant: QuantConfig | None, *, check: bool = True, plain: bool = False
     ) -> Measured:
         device, dtype = self._proof_place()
         options = LoadOptions(
@@ -400,11 +399,12 @@ class _Merge:
             if isinstance(layer, QuantizedLinear):
                 # Products in the proof's dtype, whatever the run's hardware had.
                 layer.compute_dtype = None
+        if plain and quant is not None:
+            restored = model.dequantize(dtype)
+            assert isinstance(restored, PreTrainedModel)
+            model = restored
         model = attach(model, self.trained.adapter)
         budget = devices.free_memory(device) // 2
-        if quant is not None and quant.is_int8:
-            # Kept weights are also what INT8's own products are not: free of activation rounding.
-            budget = 0 if as_trained else sys.maxsize
         with (
             keep_dequantized(model, dtype, budget=budget),
             self.say.task("asking the adapter", total=len(rows.samples)) as advance,
