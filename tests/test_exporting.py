@@ -199,6 +199,64 @@ def test_the_command_on_a_run(model_folder, tmp_path):
     assert values["bytes"] == (tmp_path / "a.gguf").stat().st_size
 
 
-def test_llama_cpp_answers_alike():
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    pytest.skip("needs a base in GGUF with a tokenizer; see docs/merge.md")
+def write_base(folder, path):
+    """The tiny llama in float32 GGUF, as llama.cpp's converter would write it."""
+    config = AutoConfig.from_pretrained(folder)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    extra = [f"<x{i}>" for i in range(config.vocab_size - 259)]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *extra]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * len(extra))])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        heads = {
+            "q_proj": config.num_attention_heads,
+            "k_proj": config.num_key_value_heads,
+        }.get(key.split(".")[-2])
+        if heads is not None:
+            rows = tensor.view(heads, 2, -1, tensor.shape[1])
+            tensor = rows.transpose(1, 2).reshape(tensor.shape)
+        name = names.get_name(key, try_suffixes=(".weight",))
+        writer.add_tensor(name, np.ascontiguousarray(tensor.numpy()))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 2}}])
+def test_llama_cpp_answers_alike(make_adapter, model_folder, tmp_path, changes):
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    folder, base = make_adapter("llama", **changes), model_folder("llama")
+    export_gguf(folder, tmp_path / "a.gguf", model=str(base))
+    write_base(base, tmp_path / "base.gguf")
+    ids = [5, 17, 33, 99, 128, 7]
+    theirs = llama_cpp.Llama(
+        model_path=str(tmp_path / "base.gguf"),
+        lora_path=str(tmp_path / "a.gguf"),
+        n_ctx=64,
+        logits_all=True,
+        n_threads=1,
+        verbose=False,
+    )
+    theirs.eval(ids)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        without = plain(torch.tensor([ids])).logits[0]
+        tuned = peft.PeftModel.from_pretrained(plain, str(folder))
+        ours = tuned(torch.tensor([ids])).logits[0]
+    found = torch.tensor(theirs.scores[: len(ids)])
+    effect = (ours - without).abs().max()
+    assert (found - ours).abs().max() < 0.01 * effect
