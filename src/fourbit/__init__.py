@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from fourbit.absmax import dequantize_absmax as dequantize_absmax
+    from fourbit.absmax import quantize_absmax as quantize_absmax
     from fourbit.api import plan as plan
     from fourbit.api import verify as verify
     from fourbit.data.config import DataConfig as DataConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from fourbit.merging.result import MergeResult as MergeResult
     from fourbit.merging.run import merge as merge
     from fourbit.optim import OptimConfig as OptimConfig
+    from fourbit.prompts import PromptSettings as PromptSettings
     from fourbit.quantize import QuantConfig as QuantConfig
     from fourbit.quantize import QuantState as QuantState
     from fourbit.quantize import dequantize_4bit as dequantize_4bit
@@ -49,6 +52,7 @@ _HOMES = {
     "MergeOptions": "fourbit.merging.result",
     "MergeResult": "fourbit.merging.result",
     "OptimConfig": "fourbit.optim",
+    "PromptSettings": "fourbit.prompts",
     "QuantConfig": "fourbit.quantize",
     "QuantState": "fourbit.quantize",
     "Receipt": "fourbit.receipt",
@@ -56,12 +60,14 @@ _HOMES = {
     "TrainConfig": "fourbit.training.config",
     "TrainResult": "fourbit.training.run",
     "dequantize_4bit": "fourbit.quantize",
+    "dequantize_absmax": "fourbit.absmax",
     "dequantize_int8": "fourbit.quantize",
     "export_gguf": "fourbit.exporting",
     "load": "fourbit.loading",
     "merge": "fourbit.merging.run",
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
+    "quantize_absmax": "fourbit.absmax",
     "quantize_int8": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
     "train": "fourbit.training.run",
@@ -80,6 +86,7 @@ __all__ = [
     "MergeOptions",
     "MergeResult",
     "OptimConfig",
+    "PromptSettings",
     "QuantConfig",
     "QuantState",
     "Receipt",
@@ -87,12 +94,14 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "dequantize_4bit",
+    "dequantize_absmax",
     "dequantize_int8",
     "export_gguf",
     "load",
     "merge",
     "plan",
     "quantize_4bit",
+    "quantize_absmax",
     "quantize_int8",
     "quantize_model",
     "train",

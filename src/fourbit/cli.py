@@ -142,33 +142,33 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
     """,
 )
 @click.argument("model")
-@click.option("--method", type=click.Choice(["qlora", "lora", "full"]), default="qlora")
+@click.option(
+    "--method",
+    type=click.Choice(["qlora", "lora", "full", "prompt_tuning", "p_tuning"]),
+    default="qlora",
+)
 @click.option("--r", type=click.IntRange(1), default=None, help="Rank of the adapters.")
+@click.option(
+    "--num-virtual-tokens", type=click.IntRange(1), default=None, help="Length of the prompt."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=None, help="Sequences at once.")
 @click.option("--max-length", type=click.IntRange(8), default=None, help="Tokens in a sequence.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 @_JSON
-def plan(
-    model: str,
-    method: str,
-    r: int | None,
-    batch_size: int | None,
-    max_length: int | None,
-    revision: str | None,
-    as_json: bool,
-) -> None:
+def plan(model: str, as_json: bool, **options: Any) -> None:
     """Says what fine-tuning MODEL needs in memory, before anything is loaded."""
     from fourbit.api import plan as make_plan
+    from fourbit.settings import load_settings
     from fourbit.training.config import TrainConfig
 
-    given: dict[str, Any] = {"model": model, "method": method, "revision": revision}
-    if batch_size is not None:
-        given["batch_size"] = batch_size
-    if r is not None:
-        given["lora"] = {"r": r}
-    if max_length is not None:
-        given["data"] = {"max_length": max_length}
-    result = make_plan(model, config=TrainConfig.model_validate(given))
+    keys = {
+        "r": "lora.r",
+        "num_virtual_tokens": "prompt.num_virtual_tokens",
+        "max_length": "data.max_length",
+    }
+    given = [(keys.get(k, k), str(value)) for k, value in options.items() if value is not None]
+    run = load_settings(TrainConfig, path=None, overrides=given).value
+    result = make_plan(model, config=run)
     _show(as_json, result.as_dict(), result.lines())
 
 
@@ -202,7 +202,7 @@ _MODEL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--adapter", type=click.Path(path_type=Path), help="Run or adapter directory."),
     click.option(
         "--quant",
-        type=click.Choice(["nf4", "fp4", "none"]),
+        type=click.Choice(["nf4", "fp4", "int4", "none"]),
         default="nf4",
         show_default=True,
         help="How the base is held.",
