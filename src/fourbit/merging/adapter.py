@@ -61,7 +61,7 @@ _REFUSED = (
     "use_bdlora",
     "use_qalora",
 )
-_PLAIN_INITS = (True, False, None, "gaussian", "eva")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initial values that leave the base as it is; PiSSA, OLoRA and others change it."""
 
 
