@@ -29,8 +29,8 @@ FLOORS = [
     {"loading"},
     {"planner", "generate", "report"},
     {"evaluate", "training"},
-    {"verification"},
-    {"api", "doctor", "inspection", "demo"},
+    {"verification", "merging"},
+    {"api", "doctor", "exporting", "inspection", "demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -305,6 +305,78 @@ def chat(model: str, **options: Any) -> None:
         click.echo(answer.text)
 
 
+@cli.command(
+    cls=_Lines,
+    examples="""
+    fourbit merge runs/orders -o merged
+    fourbit merge runs/orders -o merged --base original --dtype fp16 --json
+    fourbit merge ./adapter --model ./base -o merged
+    """,
+)
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--model", default=None, help="Where the base lies, if not where the run says.")
+@click.option(
+    "--base",
+    type=click.Choice(["auto", "dequantized", "original"]),
+    default="auto",
+    show_default=True,
+    help="Weights the adapter is added to; auto: those it was trained on.",
+)
+@click.option(
+    "--quant",
+    type=click.Choice(["nf4", "fp4"]),
+    default=None,
+    help="How the base of an adapter without its run was held.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="Of the output; auto: the base's 16-bit dtype, else bf16.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
+@click.option("--proof-rows", type=click.IntRange(1, 4096), default=32, show_default=True,
+              help="Evaluation rows that both models answer.")  # fmt: skip
+@click.option("--no-proof", is_flag=True, help="Do not compare; the output is marked as unproven.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier merge in that folder.")
+@_JSON
+def merge(run: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Puts an adapter into its base's weights and proves that the result answers the same."""
+    from fourbit.merging import MergeOptions
+    from fourbit.merging import merge as run_merge
+    from fourbit.quantize import QuantConfig
+    from fourbit.training.progress import Reporter
+
+    kind = options.pop("quant")
+    chosen = MergeOptions(
+        quant=None if kind is None else QuantConfig(quant_type=kind),
+        proof=not options.pop("no_proof"),
+        **options,
+    )
+    result = run_merge(run, output, options=chosen, reporter=Reporter())
+    _show(as_json, result.as_dict(), result.lines())
+
+
+@cli.command(cls=_Lines, examples="fourbit export runs/orders --to gguf -o orders.gguf")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER")
+@click.option("--to", type=click.Choice(["gguf"]), required=True, help="Format of the file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New file.")
+@click.option("--model", default=None, help="Where the base lies, if not where the run says.")
+@click.option("--overwrite", is_flag=True, help="Replace the file.")
+@_JSON
+def export(
+    run: Path, to: str, output: Path, model: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Writes the adapter alone for other programs: a GGUF LoRA for llama.cpp."""
+    from fourbit.exporting import export_gguf
+
+    assert to == "gguf"
+    result = export_gguf(run, output, model=model, overwrite=overwrite)
+    _show(as_json, result.as_dict(), result.lines())
+
+
 @cli.command(cls=_Lines, examples="fourbit inspect smollm2")
 @click.argument("model")
 @_JSON

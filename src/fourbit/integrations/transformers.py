@@ -540,6 +540,21 @@ def install() -> None:
     PreTrainedModel.num_parameters = num_parameters
 
 
+def converts_weights(model: PreTrainedModel) -> bool:
+    """Whether transformers computes the model's weights from other tensors of the checkpoint.
+
+    It stacks the experts of most mixture-of-experts models, for one; names that only change
+    do not count.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # transformers before this mapping loads every tensor as it is
+        return False
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return any(isinstance(step, WeightConverter) for step in found)
+
+
 def enable_checkpointing(model: PreTrainedModel) -> None:
     """Recompute activations in backward (non-reentrant: frozen inputs need no special hook)."""
     settings = {"use_reentrant": False}
