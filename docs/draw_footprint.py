@@ -83,7 +83,16 @@ def main() -> None:
     axes.set_title("GPT-2 (124M) in memory", fontsize=14, loc="left", color=INK, pad=10)
     labels = ("weights of linear layers", "their scales", "embeddings, norms, biases")
     handles = [axes.barh([0], [0], color=color) for color in (WEIGHTS, SCALES, PLAIN)]
-    axes.legend(handles, labels, loc="lower right", frameon=False, fontsize=10, labelcolor=SOFT)
+    axes.legend(
+        handles,
+        labels,
+        loc="lower right",
+        frameon=True,
+        framealpha=1,
+        edgecolor="white",
+        fontsize=10,
+        labelcolor=SOFT,
+    )
     FigureCanvasAgg(figure)
     figure.savefig(Path(__file__).with_name("footprint.png"))
 
