@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from fourbit.quantize import dequantize_int8 as dequantize_int8
     from fourbit.quantize import quantize_4bit as quantize_4bit
     from fourbit.quantize import quantize_int8 as quantize_int8
+    from fourbit.quantizing import QuantizeOptions as QuantizeOptions
+    from fourbit.quantizing import quantize_checkpoint as quantize_checkpoint
     from fourbit.receipt import Receipt as Receipt
     from fourbit.receipt import watch as watch
     from fourbit.training.config import TrainConfig as TrainConfig
@@ -45,6 +47,7 @@ _HOMES = {
     "OptimConfig": "fourbit.optim",
     "QuantConfig": "fourbit.quantize",
     "QuantState": "fourbit.quantize",
+    "QuantizeOptions": "fourbit.quantizing",
     "Receipt": "fourbit.receipt",
     "ReceiptCallback": "fourbit.integrations.trainer",
     "TrainConfig": "fourbit.training.config",
@@ -54,6 +57,7 @@ _HOMES = {
     "load": "fourbit.loading",
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
+    "quantize_checkpoint": "fourbit.quantizing",
     "quantize_int8": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
     "train": "fourbit.training.run",
@@ -72,6 +76,7 @@ __all__ = [
     "OptimConfig",
     "QuantConfig",
     "QuantState",
+    "QuantizeOptions",
     "Receipt",
     "ReceiptCallback",
     "TrainConfig",
@@ -81,6 +86,7 @@ __all__ = [
     "load",
     "plan",
     "quantize_4bit",
+    "quantize_checkpoint",
     "quantize_int8",
     "quantize_model",
     "train",

@@ -8,14 +8,15 @@ bitsandbytes with any other class of configuration.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -27,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from fourbit import bnb_format
-from fourbit.errors import FourbitError, InputError, ModelError
+from fourbit.errors import FourbitError, InputError, ModelError, nearest
 from fourbit.integrations import peft as peft_hooks
 from fourbit.integrations.config import METHOD, FourbitConfig
 from fourbit.linear import Linear4bit, Linear8bit, QuantizedLinear, parameter_counts
@@ -77,7 +78,7 @@ class _Quantize(_Operation):
             layer, _ = get_module_from_name(model, name)
             assert isinstance(layer, QuantizedLinear)
             try:
-                result |= self._parameters(name, _packed(layer, weight, name))
+                result |= self._parameters(name, packed(layer, weight, name=name))
             except FourbitError as error:
                 raise self._kept(error) from None
         return result
@@ -119,7 +120,12 @@ def _plain(stored: Mapping[str, Tensor], module: nn.Module, name: str, full: str
     return stored["weight"].to(waiting.dtype)
 
 
-def _packed(layer: QuantizedLinear, weight: Tensor, name: str) -> dict[str, Tensor]:
+def packed(layer: QuantizedLinear, weight: Tensor, *, name: str) -> dict[str, Tensor]:
+    """The parameters that represent a weight as it lies in a checkpoint, in this layer's format.
+
+    Raises:
+        ModelError: another shape than the layer's, or NaN or Inf.
+    """
     shape = (layer.out_features, layer.in_features)
     wanted = shape[::-1] if layer.transposed_source else shape
     if tuple(weight.shape) != wanted:
@@ -219,7 +225,7 @@ class FourbitQuantizer(HfQuantizer):
                 shape = (layer.out_features, layer.in_features)
                 waiting = torch.empty(shape, dtype=layer.original_dtype, device="meta")
                 layer.weight = nn.Parameter(waiting, requires_grad=False)
-        if not config.allow_unquantized:
+        if not (config.allow_unquantized or self.pre_quantized):
             _refuse_mostly_plain(model)
         install()
         return model
@@ -397,6 +403,62 @@ def replace_linears(
             fix="load it without quantization (method: lora)",
         )
     return replaced
+
+
+def quantized_layout(
+    config: PretrainedConfig, quantization: FourbitConfig, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model on meta as ``from_pretrained`` lays it out before weights arrive.
+
+    Args:
+        config: of a causal language model.
+        quantization: which layers are quantized, and how.
+        dtype: of the weights before they are quantized, and of those that are not.
+
+    Raises:
+        ModelError: nothing, or too little, would be quantized.
+    """
+    model = plain_layout(config, dtype=dtype)
+    skip = _skipped(model, quantization, None)
+    for name in replace_linears(
+        model, quantization.quant, compute_dtype=quantization.compute_dtype, skip=skip
+    ):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        _apply(quantization, layer)
+    if not quantization.allow_unquantized:
+        _refuse_mostly_plain(model)
+    return model
+
+
+def plain_layout(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on meta: modules and shapes, no weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def resolve_skips(model: PreTrainedModel, names: Sequence[str]) -> list[str] | None:
+    """``llm_int8_skip_modules`` that leaves ``names`` plain *besides* what is by default.
+
+    Raises:
+        InputError: a name that leaves no layer plain.
+    """
+    if not names:
+        return None
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    for name in names:
+        if all(should_convert_module(layer, [_as_regex(name)]) for layer in layers):
+            known = {layer.rsplit(".", 1)[-1] for layer in layers} | set(layers)
+            raise InputError(
+                "no-such-module",
+                where=f"--skip {name}",
+                what="names no linear layer of the model",
+                fix=nearest(name, known if len(known) < 40 else known - set(layers)),
+            )
+    default = HfQuantizer.get_modules_to_not_convert(model)
+    return list(dict.fromkeys([*sorted(default), *names]))
 
 
 def _kernel_weights(model: nn.Module) -> set[str]:
