@@ -1,4 +1,4 @@
-"""`fourbit quantize`: the same tensors as loading and saving, resumable, and never half finished."""
+"""`fourbit quantize`: the tensors of loading and saving, resumable, and never half finished."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from fourbit.quantizing.compare import compare
 from fourbit.quantizing.shards import Entry, ShardWriter
 from fourbit.sources import check_safetensors
 from fourbit.training.progress import Reporter
-from models import tiny_model, tiny_tokenizer, train_tiny, write_chats, write_model
+from models import tiny_tokenizer, train_tiny, write_chats, write_model
 
 NESTED = {"quant_type": "nf4"}
 FLAT = {"quant_type": "fp4", "double_quant": False, "blocksize": 128}
@@ -232,6 +232,25 @@ def test_every_tensor_lies_aligned(tmp_path):
     assert header["text"]["shape"] == [41]
 
 
+def test_a_loaded_folder_is_the_mapped_file(source, tmp_path):
+    """No copy: two processes that load it share its pages, and nothing is read in advance."""
+    out = tmp_path / "out"
+    quantize_checkpoint(str(source), out, options=options())
+    model, _ = fourbit.load(str(out), dtype=torch.bfloat16)
+    places = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(out) in line:
+            low, high = line.split()[0].split("-")
+            places.append((int(low, 16), int(high, 16)))
+    copied_bytes = total = 0
+    for name, parameter in model.named_parameters():
+        mapped = any(low <= parameter.data_ptr() < high for low, high in places)
+        assert mapped or parameter.nbytes <= 4, name
+        total += parameter.nbytes
+        copied_bytes += 0 if mapped else parameter.nbytes
+    assert copied_bytes < 0.001 * total
+
+
 # Interruption.
 
 
@@ -273,9 +292,7 @@ class _Stop:
         monkeypatch.setattr(run_module._Work, "_quantize", failing)
 
 
-def test_ctrl_c_says_how_to_continue_and_continuing_gives_the_same(
-    source, tmp_path, monkeypatch
-):
+def test_ctrl_c_says_how_to_continue_and_continuing_gives_the_same(source, tmp_path, monkeypatch):
     whole = quantize_checkpoint(str(source), tmp_path / "whole", options=options())
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -531,9 +548,7 @@ def test_training_on_a_quantized_folder_verifies(source, tmp_path):
 def test_the_error_is_the_brute_force_one(source, tmp_path):
     out = tmp_path / "out"
     for quant in (NESTED, FLAT, INT8):
-        result = quantize_checkpoint(
-            str(source), out, options=options(quant=quant, overwrite=True)
-        )
+        result = quantize_checkpoint(str(source), out, options=options(quant=quant, overwrite=True))
         model, _ = fourbit.load(str(out), dtype=torch.float32)
         plain = tensors(source)
         error = norm = 0.0

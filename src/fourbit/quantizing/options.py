@@ -69,7 +69,10 @@ class QuantizeOptions:
             names |= {"load_in_8bit": True, "llm_int8_threshold": self.quant.llm_int8_threshold}
             if self.storage != "uint8":
                 raise InputError(
-                    "bad-value", where="--storage", what="means nothing for int8", fix="leave it out"
+                    "bad-value",
+                    where="--storage",
+                    what="means nothing for int8",
+                    fix="leave it out",
                 )
         else:
             compute = self.quant.compute_dtype

@@ -205,9 +205,7 @@ class _Work:
             "plan": plan.digest(),
         }
         staging = Staging(target, identity)
-        return cls(
-            source, config, quantization, dtype, model, tensors, plan, staging, fingerprint
-        )
+        return cls(source, config, quantization, dtype, model, tensors, plan, staging, fingerprint)
 
     def run(self, reporter: Reporter) -> None:
         """Writes what is not yet written, and gives the folder its name."""
@@ -248,9 +246,7 @@ class _Work:
                     self._require_unchanged()
                     self.staging.keep(shard.name, facts)
 
-    def _write_shard(
-        self, shard: Shard, progress: _Progress, advance: Advance
-    ) -> dict[str, Any]:
+    def _write_shard(self, shard: Shard, progress: _Progress, advance: Advance) -> dict[str, Any]:
         path = self.staging.folder / f"{shard.name}.part"
         final = self.staging.folder / shard.name
         layers: dict[str, tuple[float, float, int]] = {}
@@ -408,9 +404,7 @@ class _Progress:
     def note(self) -> str:
         """What stands beside the bar."""
         rate = (self.bytes - self._skipped) / max(time.perf_counter() - self._began, 1e-9)
-        return (
-            f"{human_bytes(self.bytes)} of {human_bytes(self.total)}, {human_bytes(rate)}/s"
-        )
+        return f"{human_bytes(self.bytes)} of {human_bytes(self.total)}, {human_bytes(rate)}/s"
 
 
 def _refuse_quantized(source: ModelSource) -> None:

@@ -48,7 +48,7 @@ class SourceTensors(ABC):
     def pieces(self, name: str) -> Iterator[Tensor]:
         """The tensor as flat pieces, in order."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  # only some have something to close
         """Unmaps what is mapped."""
 
 
