@@ -46,7 +46,7 @@ PROMPTS = 20
 def train(data: Path, run: Path, steps: int, seed: int) -> dict:
     """`fourbit train` as a user types it."""
     command = [
-        *(sys.executable, "-m", "fourbit", "train", "--json", "--overwrite"),
+        *(sys.executable, "-m", "fourbit", "train", "--json", "--resume", "auto"),
         *("--model", "smollm2", "--data", str(data / "banking77/train.jsonl.gz")),
         *("--data.prompt", PROMPT, "--data.completion", COMPLETION, "--data.system", SYSTEM),
         *("--data.max_length", "512", "--batch_size", "2", "--grad_accum", "1"),
@@ -101,7 +101,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--rows", type=int, default=1540, help="test rows to score")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=Path, default=None, help="keep the run directory here")
+    parser.add_argument(
+        "--run", type=Path, default=None, help="keep the run here; go on where it stopped"
+    )
     options = parser.parse_args()
     run = options.run or Path(tempfile.mkdtemp()) / "banking77"
 

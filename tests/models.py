@@ -77,6 +77,14 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     },
     "falcon": {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": False},
     "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
+    "mixtral": {**_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        **_SHAPE,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "shared_expert_intermediate_size": 48,
+    },
     "mamba": {"hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }
 
@@ -120,7 +128,7 @@ def tiny_model(
     model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "A_log" not in key:
+            if parameter.dim() >= 2 and "A_log" not in key:
                 embedding = "embed" in key or "wte" in key or "wpe" in key
                 parameter.normal_(0, 0.5 if embedding else 1.5 * parameter.shape[-1] ** -0.5)
             elif key.endswith("bias"):
@@ -185,10 +193,11 @@ def train_tiny(
         "max_steps": 2,
         "batch_size": 2,
         "grad_accum": 1,
-        "lora": {"r": 4},
         "samples": 0,
         **changes,
     }
+    if values.get("method", "qlora") in ("qlora", "lora"):
+        values.setdefault("lora", {"r": 4})
     rows = {"train": str(chats), "eval": 0, "max_length": 64, **values.pop("data", {})}
     config = TrainConfig(model=str(model), output=str(output), data=rows, **values)
     return train(config), config

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-QUANT_TYPES = ("nf4", "fp4")
+QUANT_TYPES = ("nf4", "fp4", "int4")
+BITSANDBYTES_TYPES = ("nf4", "fp4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 NF4_BITS = """
@@ -31,6 +32,8 @@ def table(quant_type: str) -> np.ndarray:
         return np.array(
             [struct.unpack(">f", bytes.fromhex(h))[0] for h in NF4_BITS.split()], np.float32
         )
+    if quant_type == "int4":
+        return np.arange(-8, 8, dtype=np.float32) / np.float32(7)
     values = []
     for code in range(16):
         exponent, mantissa = code >> 1 & 3, code & 1

@@ -67,7 +67,7 @@ def as_vector(packed: Tensor, state: Any) -> Tensor:
     return bnb.dequantize_4bit(packed, flat)
 
 
-@pytest.mark.parametrize("quant_type", oracles.QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", oracles.BITSANDBYTES_TYPES)
 def test_tables(quant_type: str) -> None:
     assert torch.equal(bnb.get_4bit_type(quant_type, device="cpu"), codebook.code(quant_type, CPU))
 
@@ -77,7 +77,7 @@ def test_dynamic_map() -> None:
 
 
 @pytest.mark.parametrize("blocksize", oracles.BLOCKSIZES)
-@pytest.mark.parametrize("quant_type", oracles.QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", oracles.BITSANDBYTES_TYPES)
 @pytest.mark.parametrize("dtype", oracles.FLOATS, ids=str)
 def test_bytes_scales_and_values(quant_type: Any, dtype: torch.dtype, blocksize: int) -> None:
     for shape in SHAPES:
@@ -96,7 +96,7 @@ def test_bytes_scales_and_values(quant_type: Any, dtype: torch.dtype, blocksize:
             )
 
 
-@pytest.mark.parametrize("quant_type", oracles.QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", oracles.BITSANDBYTES_TYPES)
 def test_differs_where_a_row_is_no_whole_number_of_blocks(quant_type: Any) -> None:
     # Their CPU kernel starts a new scale with each row of even length; the format's blocks are
     # flat, as in their quantizer, their plain PyTorch path and their GPU kernels.
@@ -109,7 +109,7 @@ def test_differs_where_a_row_is_no_whole_number_of_blocks(quant_type: Any) -> No
     assert torch.equal(as_vector(packed, state).reshape(64, 96), ours)
 
 
-@pytest.mark.parametrize("quant_type", oracles.QUANT_TYPES)
+@pytest.mark.parametrize("quant_type", oracles.BITSANDBYTES_TYPES)
 @pytest.mark.parametrize("dtype", oracles.FLOATS, ids=str)
 @pytest.mark.parametrize("name", oracles.edge_tensors(torch.float32))
 def test_edge_tensors(quant_type: Any, dtype: torch.dtype, name: str) -> None:
@@ -199,3 +199,10 @@ def test_a_float32_mean_depends_on_threads_and_ours_does_not() -> None:
     assert not torch.equal(means[0], means[1])
     for mean in means:
         np.testing.assert_array_max_ulp(mean.numpy(), offsets[0].numpy(), maxulp=OFFSET_ULPS)
+
+
+def test_int4_is_ours_alone() -> None:
+    packed, state = theirs(torch.randn(64), "nf4", 64)
+    state.quant_type = "int4"
+    with pytest.raises(ValueError, match="got 'int4'"):
+        bnb.dequantize_4bit(packed, state)

@@ -98,15 +98,21 @@ def test_an_outlier_costs_only_its_own_block(device: torch.device) -> None:
     assert with_outlier[77] == 1e4
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "int4"])
 @pytest.mark.parametrize("dtype", oracles.FLOATS, ids=str)
 @pytest.mark.parametrize("blocksize", [32, 64, 4096])
-def test_nf4_codes_survive_a_second_quantization(
-    device: torch.device, dtype, blocksize: int
+def test_codes_survive_a_second_quantization(
+    device: torch.device, quant_type: codebook.QuantType, dtype, blocksize: int
 ) -> None:
     weight = torch.randn(101, 97, device=device).to(dtype)
-    packed, state = quantize_4bit(weight, blocksize=blocksize, double_quant=False)
+    packed, state = quantize_4bit(
+        weight, quant_type=quant_type, blocksize=blocksize, double_quant=False
+    )
     again, state_again = quantize_4bit(
-        dequantize_4bit(packed, state), blocksize=blocksize, double_quant=False
+        dequantize_4bit(packed, state),
+        quant_type=quant_type,
+        blocksize=blocksize,
+        double_quant=False,
     )
     assert torch.equal(again, packed)
     assert torch.equal(state_again.absmax, state.absmax)
@@ -139,10 +145,13 @@ def test_powers_of_two_change_only_the_scales(
     assert torch.equal(scaled_state.absmax, state.absmax * 2.0**exponent)
 
 
-def test_fp4_of_the_negative_is_the_negative(device: torch.device) -> None:
+@pytest.mark.parametrize("quant_type", ["fp4", "int4"])
+def test_the_negative_quantizes_to_the_negative(
+    device: torch.device, quant_type: codebook.QuantType
+) -> None:
     weight = torch.randn(1000, device=device)
-    plus = dequantize_4bit(*quantize_4bit(weight, quant_type="fp4", double_quant=False))
-    minus = dequantize_4bit(*quantize_4bit(-weight, quant_type="fp4", double_quant=False))
+    plus = dequantize_4bit(*quantize_4bit(weight, quant_type=quant_type, double_quant=False))
+    minus = dequantize_4bit(*quantize_4bit(-weight, quant_type=quant_type, double_quant=False))
     assert torch.equal(plus, -minus)
 
 
@@ -214,8 +223,8 @@ def test_other_blocksizes_are_refused(blocksize: int) -> None:
 
 
 def test_other_data_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="quant_type 'int4' is not one of"):
-        quantize_4bit(torch.zeros(64), quant_type="int4")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quant_type 'int3' is not one of"):
+        quantize_4bit(torch.zeros(64), quant_type="int3")  # type: ignore[arg-type]
 
 
 def test_one_list_of_data_types() -> None:

@@ -143,7 +143,8 @@ def to_disk(layer: QuantizedLinear) -> dict[str, Tensor]:
     the quant_state depends on the weights: it is at most `MAX_OFFSET_DIGITS` longer.
 
     Raises:
-        ModelError: a storage dtype whose elements the packed bytes do not fill.
+        ModelError: a data type the format does not have, or a storage dtype whose elements the
+            packed bytes do not fill.
     """
     if isinstance(layer, Linear8bit):
         if layer.weight_absmax is None:
@@ -154,6 +155,13 @@ def to_disk(layer: QuantizedLinear) -> dict[str, Tensor]:
             "weight_format": torch.tensor(_ROW_FORMAT, dtype=torch.uint8),
         }
     assert isinstance(layer, Linear4bit)
+    if STATE_PREFIX + layer.quant_type not in NAMES_4BIT:
+        raise ModelError(
+            "no-such-format",
+            where="quant_type",
+            what=f"bitsandbytes' format has no {layer.quant_type}, so nothing could read the file",
+            fix="quantize with nf4 or fp4 to save the model",
+        )
     device = layer.weight.device
     packed = layer.weight.detach().reshape(-1)
     if packed.numel() % layer.quant_storage.itemsize:

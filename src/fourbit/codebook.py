@@ -2,7 +2,8 @@
 
 Sources: NF4 is Appendix E of the QLoRA paper (arXiv 2305.14314) in the float32 values that
 bitsandbytes ships, which are the canonical ones for files; FP4 is bitsandbytes' E2M1 variant whose
-subnormal is 0.0625 instead of 0.5 (so it is not OCP MXFP4); the signed dynamic map is the 8-bit
+subnormal is 0.0625 instead of 0.5 (so it is not OCP MXFP4); INT4 is the plain integer grid that the
+paper compares with, ours alone as a stored format; the signed dynamic map is the 8-bit
 data type of Dettmers et al., arXiv 2110.02861.
 """
 
@@ -14,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-QuantType = Literal["nf4", "fp4"]
+QuantType = Literal["nf4", "fp4", "int4"]
 
-QUANT_TYPES: tuple[QuantType, ...] = ("nf4", "fp4")
+QUANT_TYPES: tuple[QuantType, ...] = ("nf4", "fp4", "int4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 """Scales per second-level scale; bitsandbytes' kernels refuse any other."""
@@ -44,13 +45,22 @@ NF4_VALUES = (
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_VALUES = tuple(sign * value / 12.0 for sign in (1.0, -1.0) for value in _FP4_TWELFTHS)
 
+# k / 7, not k / 8: the largest weight of a block is kept exactly whichever its sign, as with NF4.
+# Code 0 (-8/7) lies beyond absmax and is never chosen.
+INT4_VALUES = tuple(k / 7 for k in range(-8, 8))
+
 # Codes in ascending order of value. Plus zero stands before minus zero, as in bitsandbytes' CPU
 # kernel: a value that rounds to zero from above therefore gets code 8.
 _ASCENDING_CODES: dict[str, tuple[int, ...]] = {
     "nf4": tuple(range(16)),
     "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
+    "int4": tuple(range(16)),
 }
-_VALUES: dict[str, tuple[float, ...]] = {"nf4": NF4_VALUES, "fp4": FP4_VALUES}
+_VALUES: dict[str, tuple[float, ...]] = {
+    "nf4": NF4_VALUES,
+    "fp4": FP4_VALUES,
+    "int4": INT4_VALUES,
+}
 
 
 # Tables are computed on the CPU by name: under ``with torch.device("meta")`` the default device
@@ -126,3 +136,39 @@ def signed_dynamic_map(device: torch.device) -> Tensor:
         positive = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += positive.tolist() + (-positive).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def normal_float(bits: int) -> Tensor:
+    """The NormalFloat code of ``bits`` bits, derived from quantiles of the normal distribution.
+
+    The QLoRA paper, section 3: the positive half takes ``2**(bits-1)`` quantiles, evenly spaced in
+    probability from 1/2 to ``1 - tail``, the negative half one fewer from 1/2 to ``tail``; they
+    share one zero, and both are divided by the outermost quantile, so that -1, 0 and 1 are codes.
+    ``tail`` is the mean of half a bin of ``2**bits`` and half a bin of ``2**bits - 1`` equal bins:
+    at 4 bits ``(1/32 + 1/30) / 2``, which is the 1 - 0.9677083 of the authors' code.
+
+    For files the canonical 4-bit values are `NF4_VALUES`, which bitsandbytes ships and this module
+    repeats; they were computed in narrower arithmetic and differ by up to 1.8e-7.
+
+    Args:
+        bits: 2 to 8.
+
+    Returns:
+        float32 ``[2**bits]``, ascending.
+
+    Raises:
+        ValueError: ``bits`` is no whole number from 2 to 8.
+    """
+    if not isinstance(bits, int) or bits not in range(2, 9):
+        raise ValueError(f"bits {bits!r} is not one of 2, 3, 4, 5, 6, 7, 8")
+    tail = (1 / 2**bits + 1 / (2**bits - 1)) / 4
+    half = 2 ** (bits - 1)
+    positive, negative = _normal_half(tail, half), -_normal_half(tail, half - 1).flip(0)
+    return torch.cat((negative, positive.new_zeros(1), positive)).float()
+
+
+def _normal_half(tail: float, count: int) -> Tensor:
+    """``count`` quantiles above zero, float64 ascending to exactly 1."""
+    probabilities = torch.linspace(0.5, tail, count + 1, dtype=torch.float64, device="cpu")
+    quantiles = -torch.special.ndtri(probabilities[1:])
+    return quantiles / quantiles[-1]

@@ -7,9 +7,11 @@ bits in int32, and the layers survive ``.to(dtype)``, ``state_dict``, pickling a
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -386,21 +388,63 @@ def _frozen(
     return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
 
+@dataclass(frozen=True)
+class ExpertStack:
+    """How a mixture's experts, one weight ``[E, out, in]``, are packed; see `fourbit.experts`.
+
+    Attributes:
+        quant: the format; every expert is quantized on its own.
+        shape: ``(E, out, in)``.
+        compute_dtype: dtype of the product; None multiplies in the dtype of the activations.
+        original_dtype: of the weight before.
+    """
+
+    quant: QuantConfig
+    shape: tuple[int, int, int]
+    compute_dtype: torch.dtype | None
+    original_dtype: torch.dtype
+
+
+STACK_SCALES = ("_absmax", "_nested_absmax", "_nested_offset")
+"""What is appended to a stack's name for its scales."""
+_STACKS = "_fourbit_stacks"
+
+
+def expert_stacks(module: nn.Module) -> dict[str, ExpertStack]:
+    """The packed expert weights that ``module`` itself holds, by parameter name."""
+    return module.__dict__.get(_STACKS, {})
+
+
+def declare_stack(module: nn.Module, name: str, stack: ExpertStack) -> None:
+    """Notes that parameter ``name`` of ``module`` is a packed stack."""
+    module.__dict__.setdefault(_STACKS, {})[name] = stack
+
+
+def packed_weights(model: nn.Module) -> tuple[dict[int, int], set[int]]:
+    """``id -> unpacked count`` of packed weights, and the ids of their scales."""
+    weights: dict[int, int] = {}
+    scales: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            weights[id(module.weight)] = module.in_features * module.out_features
+            names = list(module.scale_names)
+        else:
+            stacks = expert_stacks(module)
+            for name, stack in stacks.items():
+                weights[id(getattr(module, name))] = math.prod(stack.shape)
+            names = [name + end for name in stacks for end in STACK_SCALES]
+        scales |= {id(getattr(module, name, None)) for name in names} - {id(None)}
+    return weights, scales
+
+
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """``(trainable, all)`` parameters: packed weights counted unpacked, scales not at all."""
     trainable = total = 0
-    quantized = {id(m.weight): m for m in model.modules() if isinstance(m, QuantizedLinear)}
-    scales = {
-        id(parameter)
-        for layer in quantized.values()
-        for name in layer.scale_names
-        if (parameter := getattr(layer, name)) is not None
-    }
+    weights, scales = packed_weights(model)
     for parameter in model.parameters():
         if id(parameter) in scales:
             continue
-        layer = quantized.get(id(parameter))
-        count = layer.in_features * layer.out_features if layer else parameter.numel()
+        count = weights.get(id(parameter), parameter.numel())
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total

@@ -27,7 +27,7 @@ from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.integrations import gguf as gguf_files
 from fourbit.integrations.config import require_readable
 from fourbit.integrations.transformers import FourbitConfig
-from fourbit.linear import QuantizedLinear
+from fourbit.linear import packed_weights
 from fourbit.quantize import QuantConfig, check_finite
 from fourbit.sources import ModelSource, check_index, check_safetensors, resolve_source
 
@@ -372,10 +372,9 @@ class UnquantizedTensor:
 
 
 def unquantized_tensors(model: nn.Module) -> list[UnquantizedTensor]:
-    """Tensors above 1% of the model's bytes that are not held in 4 bits, largest first."""
-    packed = {
-        id(p) for m in model.modules() if isinstance(m, QuantizedLinear) for p in m.parameters()
-    }
+    """Tensors above 1% of the model's bytes that are not quantized, largest first."""
+    weights, scales = packed_weights(model)
+    packed = weights.keys() | scales
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     total = sum(sizes.values()) or 1
     listed = [

@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -22,6 +21,7 @@ from fourbit.linear import Linear4bit, autocast_input
 from fourbit.settings import Settings
 
 _MATCH_SECONDS = 5.0
+_STARTS = re.compile(r"gaussian|orthogonal|pissa|pissa_niter_\d+|olora")
 
 
 class LoraSettings(Settings):
@@ -37,6 +37,10 @@ class LoraSettings(Settings):
     target_modules: str | list[str] = Field(
         default="all-linear", description="all-linear, a list of module-name endings, or one regex"
     )
+    target_parameters: list[str] | None = Field(
+        default=None,
+        description="a mixture's expert weights by name, e.g. [experts.gate_up_proj]; no dropout",
+    )
     exclude_modules: list[str] | None = Field(
         default=None, description="module-name endings to leave out"
     )
@@ -51,9 +55,19 @@ class LoraSettings(Settings):
     use_dora: bool = Field(
         default=False, description="weight-decomposed adapters (slower, unfused)"
     )
-    init_lora_weights: bool | Literal["gaussian"] = Field(
-        default=True, description="true: A random, B zero; gaussian: A normal, B zero"
+    init_lora_weights: bool | str = Field(
+        default=True,
+        description="true, gaussian, orthogonal; pissa, pissa_niter_N, olora: from the weights",
     )
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_start(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and not _STARTS.fullmatch(value):
+            raise ValueError(
+                f"'{value}' is not true, false, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+            )
+        return value
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -142,6 +156,8 @@ def resolve_targets(
         )
     for name, (in_features, out_features) in matched.items():
         rank = rank_of(name, settings)
+        if wanted == "all-linear" and min(in_features, out_features) == 1:
+            continue  # a gate of one value takes any rank; nobody asked for it by name
         if rank > min(in_features, out_features):
             raise InputError(
                 "rank-too-large",

@@ -23,14 +23,14 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _CHUNK = 1 << 20
 
 
-WeightType = Literal["nf4", "fp4", "int8"]
+WeightType = Literal["nf4", "fp4", "int4", "int8"]
 
 
 class QuantConfig(Settings):
     """How frozen weights are stored. The defaults are the paper's."""
 
     quant_type: WeightType = Field(
-        default="nf4", description="data type: 4-bit nf4 or fp4, or row-wise int8"
+        default="nf4", description="data type: 4-bit nf4, fp4 or int4, or row-wise int8"
     )
     blocksize: int = Field(default=64, description="weights that share one scale (absmax)")
     double_quant: bool = Field(default=True, description="quantize the scales again, to 8 bits")
@@ -143,7 +143,7 @@ def quantize_4bit(
 
     Args:
         weight: float32, float16 or bfloat16.
-        quant_type: ``nf4`` or ``fp4``.
+        quant_type: ``nf4``, ``fp4`` or ``int4``.
         blocksize: one of `fourbit.codebook.BLOCKSIZES`.
         double_quant: quantize the scales to 8 bits as well.
         name: how errors call the tensor.

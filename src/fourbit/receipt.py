@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
-from fourbit.integrations.peft import lora_layers, saved_modules
+from fourbit.integrations.experts import LoraExperts
+from fourbit.integrations.peft import lora_layers, plain_name, saved_modules
+from fourbit.integrations.prompts import prompt_count, prompt_state, prompted
 from fourbit.linear import parameter_counts
 
+START = ".lora_start_"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -118,10 +121,22 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
     Names are those of the plain model, without PEFT's wrapping, so that a base loaded again
     without adapters gives the same table.
     """
-    tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    persistent = model.state_dict(keep_vars=True).keys()
-    tensors |= {name: b for name, b in model.named_buffers() if name in persistent}
-    return {plain_name(name): tensor_digest(tensor) for name, tensor in tensors.items()}
+    inner = _model_of(model)
+    tensors = {name: p for name, p in inner.named_parameters() if not p.requires_grad}
+    persistent = inner.state_dict(keep_vars=True).keys()
+    tensors |= {name: b for name, b in inner.named_buffers() if name in persistent}
+    return {
+        plain_name(name): tensor_digest(tensor)
+        for name, tensor in tensors.items()
+        # the fixed half of a PiSSA or OLoRA adapter: saved with it, no part of the base
+        if START not in name
+    }
+
+
+def _model_of(model: nn.Module) -> nn.Module:
+    """What holds the frozen weights: a learned prompt stands beside the model, not inside it."""
+    wrapper = prompted(model)
+    return model if wrapper is None else wrapper.get_base_model()
 
 
 def packed_digest(model: nn.Module) -> str:
@@ -129,16 +144,10 @@ def packed_digest(model: nn.Module) -> str:
     return combined_digest(
         {
             plain_name(name): tensor_digest(parameter)
-            for name, parameter in model.named_parameters()
+            for name, parameter in _model_of(model).named_parameters()
             if not parameter.is_floating_point()
         }
     )
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model before PEFT wrapped it."""
-    name = name.removeprefix("base_model.model.")
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
@@ -149,17 +158,23 @@ def combined_digest(digests: Mapping[str, str]) -> str:
 def adapter_count(model: nn.Module) -> int:
     """Trainable parameters by formula: r * (in + out) for each adapter, plus what is saved whole.
 
+    A learned prompt has one row of the embedding's width per virtual token, plus its encoder.
+
     Computed from ranks and layer shapes, not from the tensors, so that a stray trainable tensor
     cannot hide in it.
     """
-    count = 0
+    count = prompt_count(model) or 0
     for layer in lora_layers(model).values():
         in_features, out_features = layer.in_features or 0, layer.out_features or 0
+        if isinstance(layer, LoraExperts):
+            in_features, out_features = (layer.num_experts * n for n in (in_features, out_features))
         for name in layer.lora_A:
             count += layer.r[name] * (in_features + out_features)
             # DoRA's magnitude and a LoRA bias have one value per output
             extras = (name in layer.lora_magnitude_vector) + bool(layer.lora_bias.get(name))
             count += extras * out_features
+            # AdaLoRA's singular values
+            count += layer.r[name] * (name in getattr(layer, "lora_E", ()))
     for wrapper in saved_modules(model).values():
         for name in wrapper.active_adapters:
             count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())
@@ -358,13 +373,15 @@ class Watch:
     def _check_count(self, receipt: Receipt) -> None:
         actual, total = parameter_counts(self.model)
         receipt.facts.update(trainable_parameters=actual, parameters=total)
-        if not lora_layers(self.model):
+        learned = prompt_count(self.model) is not None
+        if not learned and not lora_layers(self.model):
             receipt.add("trainable_count", actual > 0, f"{actual:,} of {total:,}, no adapters")
             return
         expected = adapter_count(self.model)
-        detail = f"{actual:,} of {total:,}, as r and the layer shapes give"
+        rule = "the prompt's settings give" if learned else "r and the layer shapes give"
+        detail = f"{actual:,} of {total:,}, as {rule}"
         if actual != expected:
-            detail = f"{actual:,} trainable, but r and the layer shapes give {expected:,}"
+            detail = f"{actual:,} trainable, but {rule} {expected:,}"
         receipt.add("trainable_count", actual == expected, detail)
 
     def _check_movement(self, receipt: Receipt) -> None:
@@ -434,7 +451,9 @@ def compare_saved(
         saved |= load_file(path)
     if isinstance(model, PeftModel):
         # embeddings would be looked up on the hub; what we train is saved by name
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = prompt_state(model)
+        if state is None:
+            state = get_peft_model_state_dict(model, save_embedding_layers=False)
         complete = state.keys() == saved.keys()
     else:
         state = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from fourbit import checkpoint, files
 from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
+from fourbit.integrations.prompts import PROMPT_KEY
 from fourbit.loading import LoadOptions, load_model
 from fourbit.lora import rank_by_pattern
-from fourbit.receipt import Receipt, combined_digest, frozen_digests, read_receipt
+from fourbit.methods import quantized_base, trains_prompt
+from fourbit.receipt import START, Receipt, combined_digest, frozen_digests, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
 from fourbit.sources import resolve_source
+from fourbit.training import prompt_checks
 from fourbit.training.adapter import ADAPTER_FILE, SAVE_DTYPES
 from fourbit.training.config import TrainConfig
 
@@ -76,6 +79,12 @@ def _check_adapter(receipt: Receipt, run: RunDir, config: TrainConfig, stored: R
     receipt.add(*_tensor_check(tensors, config))
     if config.method == "full":
         return
+    if trains_prompt(config.method):
+        if PROMPT_KEY in tensors:
+            recorded = stored.facts.get("trainable_parameters")
+            check = prompt_checks.count_check
+            receipt.add(*check(run.adapter_dir, tensors[PROMPT_KEY], config, recorded))
+        return
     _check_count(receipt, run.adapter_dir, tensors, stored)
 
 
@@ -90,6 +99,8 @@ def _tensor_check(tensors: dict[str, torch.Tensor], config: TrainConfig) -> tupl
     other = [n for n, t in tensors.items() if t.is_floating_point() and t.dtype != wanted]
     if other:
         return "adapter_tensors", False, f"{other[0]} is not {config.save_dtype}"
+    if trains_prompt(config.method):
+        return prompt_checks.tensor_check(tensors, config)
     return "adapter_tensors", True, f"{len(tensors)} finite tensors, every lora_B moved"
 
 
@@ -99,14 +110,15 @@ def _check_count(
     try:
         peft_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         default_r, patterns = int(peft_config["r"]), dict(peft_config.get("rank_pattern") or {})
+        stacks = tuple(p.rpartition(".")[0] for p in peft_config.get("target_parameters") or ())
     except (OSError, ValueError, KeyError, TypeError) as error:
         receipt.add("adapter_config", False, f"adapter_config.json is unreadable ({error})")
         return
-    count = sum(tensor.numel() for tensor in tensors.values())
+    count = sum(tensor.numel() for name, tensor in tensors.items() if START not in name)
     wrong = [
         name
         for name, tensor in tensors.items()
-        if ".lora_A." in name and tensor.shape[0] != _rank(name, default_r, patterns)
+        if ".lora_A." in name and not _has_rank(name, tensor, (default_r, patterns), stacks)
     ]
     pairs = {name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
     unpaired = pairs ^ {name for name in tensors if ".lora_B." in name}
@@ -119,9 +131,16 @@ def _check_count(
     receipt.add("adapter_count", ok, detail)
 
 
-def _rank(name: str, default: int, patterns: dict[str, int]) -> int:
+def _has_rank(
+    name: str, tensor: torch.Tensor, ranks: tuple[int, dict[str, int]], stacks: tuple[str, ...]
+) -> bool:
+    """Whether a ``lora_A`` has the configured rank; a stack of experts has it once for each."""
+    default, patterns = ranks
     module = name.removeprefix("base_model.model.").partition(".lora_A.")[0]
-    return rank_by_pattern(module, patterns, default=default)
+    rank = rank_by_pattern(module, patterns, default=default)
+    if stacks and module.replace(".base_layer", "").endswith(stacks):
+        return tensor.shape[0] % rank == 0
+    return tensor.shape[0] == rank
 
 
 def _check_checkpoints(receipt: Receipt, run: RunDir, config: TrainConfig) -> None:
@@ -136,18 +155,27 @@ def _check_checkpoints(receipt: Receipt, run: RunDir, config: TrainConfig) -> No
         return
     saved = checkpoint.load(path)
     adapter = _adapter_tensors(run.adapter_dir)
-    wanted = SAVE_DTYPES[config.save_dtype]
-    own = saved.tensors[ADAPTER_FILE]
-    differing = [
-        name
-        for name, t in own.items()
-        if name not in adapter or not t.to(wanted).equal(adapter[name])
-    ]
+    differing = _difference(saved.tensors[ADAPTER_FILE], adapter, config)
     detail = f"equal to checkpoint {path.name}"
-    if differing:
-        detail = f"differs from checkpoint {path.name} at {differing[0]}"
-    receipt.add("adapter_equals_checkpoint", not differing, detail)
+    if differing is not None:
+        detail = f"differs from checkpoint {path.name} at {differing}"
+    receipt.add("adapter_equals_checkpoint", differing is None, detail)
     _check_owner(receipt, saved, config)
+
+
+def _difference(
+    trained: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], config: TrainConfig
+) -> str | None:
+    """The first tensor of the adapter that is not the checkpoint's."""
+    if trains_prompt(config.method):
+        return prompt_checks.checkpoint_difference(trained, adapter.get(PROMPT_KEY), config)
+    wanted = SAVE_DTYPES[config.save_dtype]
+    differing = (
+        name
+        for name, t in trained.items()
+        if name not in adapter or not t.to(wanted).equal(adapter[name])
+    )
+    return next(differing, None)
 
 
 def _check_owner(receipt: Receipt, saved: checkpoint.Checkpoint, config: TrainConfig) -> None:
@@ -157,9 +185,11 @@ def _check_owner(receipt: Receipt, saved: checkpoint.Checkpoint, config: TrainCo
         for name in saved.tensors["optimizer.safetensors"]
         if name.endswith(".exp_avg")
     }
-    count = len(saved.tensors[ADAPTER_FILE])
+    count = sum(START not in name for name in saved.tensors[ADAPTER_FILE])
     ok = len(names) == count
-    if config.method != "full" and not config.lora.modules_to_save:
+    if trains_prompt(config.method):
+        ok = ok and all(name.startswith("prompt_encoder.") for name in names)
+    elif config.method != "full" and not config.lora.modules_to_save:
         ok = ok and all(".lora_" in name for name in names)
     detail = f"its state covers exactly the {count} trained tensors"
     if not ok:
@@ -208,7 +238,7 @@ def _check_base(receipt: Receipt, config: TrainConfig, stored: Receipt) -> None:
             config.model, revision=stored.facts.get("base_revision") or config.revision
         )
         options = LoadOptions(
-            quant=config.quant if config.method == "qlora" else None,
+            quant=config.quant if quantized_base(config.method) else None,
             dtype=devices.resolve_precision(config.precision, device),
             trust_remote_code=config.trust_remote_code,
         )

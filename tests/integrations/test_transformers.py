@@ -107,9 +107,9 @@ def test_the_dictionary_gives_the_configuration_back(dtype):
             " names; fix: use ['lm_head']",
         ),
         (
-            {"bnb_4bit_quant_type": "int4"},
-            "error[bad-value] FourbitConfig.bnb_4bit_quant_type: 'int4' is not nf4 or fp4;"
-            " fix: use nf4 or fp4",
+            {"bnb_4bit_quant_type": "int3"},
+            "error[bad-value] FourbitConfig.bnb_4bit_quant_type: 'int3' is none of:"
+            " nf4, fp4, int4; fix: use nf4, fp4, int4",
         ),
         (
             {"bnb_4bit_compute_dtype": "float99"},
@@ -144,7 +144,7 @@ def test_a_wrong_blocksize_is_one_line(blocksize):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_from_pretrained_quantizes_each_weight_of_the_file(
     name, quant_type, double_quant, model_folder
@@ -161,6 +161,17 @@ def test_from_pretrained_quantizes_each_weight_of_the_file(
             packed, state = quantize_4bit(weight, quant_type=quant_type, double_quant=double_quant)
             assert torch.equal(layer.weight.flatten(), packed.flatten()), key
             assert torch.equal(layer.dequantize(), dequantize_4bit(packed, state)), key
+
+
+def test_int4_is_for_comparison_and_is_not_saved(tmp_path, model_folder):
+    model = from_folder(model_folder("llama"), bnb_4bit_quant_type="int4")
+    with pytest.raises(ModelError) as caught:
+        model.save_pretrained(tmp_path / "saved")
+    assert caught.value.line() == (
+        "error[no-such-format] quant_type: bitsandbytes' format has no int4, so nothing could read"
+        " the file; fix: quantize with nf4 or fp4 to save the model"
+    )
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_the_model_says_that_it_is_quantized(model_folder):

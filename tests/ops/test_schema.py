@@ -91,7 +91,7 @@ def test_opcheck_lora(device: torch.device, double_quant: bool, bias: bool, drop
         )
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
 @pytest.mark.parametrize("shape", [(5, 7), (0,), (1,), (64, 33)])
 def test_opcheck_storage(device: torch.device, quant_type: str, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, device=device)

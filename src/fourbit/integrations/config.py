@@ -12,7 +12,7 @@ from transformers import BitsAndBytesConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fourbit.bnb_format import STORAGE_DTYPES
-from fourbit.codebook import BLOCKSIZES
+from fourbit.codebook import BLOCKSIZES, QUANT_TYPES
 from fourbit.errors import FourbitError, InputError, ModelError, nearest
 from fourbit.quantize import QuantConfig
 
@@ -27,6 +27,7 @@ _FLAGS = (
     "llm_int8_has_fp16_weight",
     "llm_int8_enable_fp32_cpu_offload",
     "allow_unquantized",
+    "quantize_experts",
 )
 _KEYWORDS = (
     *_FLAGS,
@@ -65,6 +66,8 @@ class FourbitConfig(QuantizationConfigMixin):
         llm_int8_compute_dtype: ours: dtype of the outliers' product and of the result.
         blocksize: ours: weights that share a scale.
         allow_unquantized: ours: accept a model of which a large part stays in 16 bits.
+        quantize_experts: ours: pack a mixture's experts too (default); bitsandbytes leaves them
+            in 16 bits and has no format for them.
 
     Raises:
         InputError: an unknown name, or a value of the wrong type or outside the legal set.
@@ -90,6 +93,7 @@ class FourbitConfig(QuantizationConfigMixin):
         llm_int8_compute_dtype: torch.dtype | str | None = None,
         blocksize: int | None = None,
         allow_unquantized: bool | None = None,
+        quantize_experts: bool | None = None,
         **unknown: Any,
     ) -> None:
         given: dict[str, Any] = {
@@ -106,6 +110,7 @@ class FourbitConfig(QuantizationConfigMixin):
             "llm_int8_compute_dtype": llm_int8_compute_dtype,
             "blocksize": blocksize,
             "allow_unquantized": allow_unquantized,
+            "quantize_experts": quantize_experts,
             **unknown,
         }
         # transformers turns what goes wrong inside a conversion into a log entry; kept here.
@@ -130,6 +135,7 @@ class FourbitConfig(QuantizationConfigMixin):
         )
         self.llm_int8_compute_dtype = _dtype(given, "llm_int8_compute_dtype")
         self.allow_unquantized: bool = given.get("allow_unquantized", False)
+        self.quantize_experts: bool = given.get("quantize_experts", True)
         self.modules_to_not_convert = given.get("llm_int8_skip_modules")
         if self.load_in_8bit:
             self.quant = QuantConfig(quant_type="int8", llm_int8_threshold=self.llm_int8_threshold)
@@ -198,6 +204,7 @@ class FourbitConfig(QuantizationConfigMixin):
         facts: dict[str, Any] = {
             "bnb_4bit_quant_type": "fp4",
             "bnb_4bit_compute_dtype": "float32",
+            "quantize_experts": False,
             **{k: v for k, v in stored.items() if k in _KEYWORDS or k.startswith("_load_in")},
         }
         of_four = FourbitConfig(**facts).load_in_4bit
@@ -233,6 +240,8 @@ class FourbitConfig(QuantizationConfigMixin):
         }
         if self.quant.blocksize != type(self.quant).model_fields["blocksize"].default:
             facts["blocksize"] = self.quant.blocksize
+        if self.quantize_experts:
+            facts["quantize_experts"] = True
         if self.llm_int8_compute_dtype is not None:
             facts["llm_int8_compute_dtype"] = _name_of(self.llm_int8_compute_dtype)
         return facts
@@ -271,8 +280,8 @@ def _check(given: Mapping[str, Any]) -> None:
             )
         if name in _FLAGS and not isinstance(value, bool):
             raise _bad(name, value, "True or False")
-    if given.get("bnb_4bit_quant_type", "fp4") not in ("nf4", "fp4"):
-        raise _bad("bnb_4bit_quant_type", given["bnb_4bit_quant_type"], "nf4 or fp4")
+    if given.get("bnb_4bit_quant_type", "fp4") not in QUANT_TYPES:
+        raise _bad("bnb_4bit_quant_type", given["bnb_4bit_quant_type"], ", ".join(QUANT_TYPES))
     blocksize = given.get("blocksize", 64)
     if blocksize not in BLOCKSIZES or isinstance(blocksize, bool):
         raise _bad("blocksize", blocksize, f"one of {', '.join(map(str, BLOCKSIZES))}")

@@ -9,12 +9,14 @@ bitsandbytes with any other class of configuration.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -29,9 +31,17 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from fourbit import bnb_format
 from fourbit.errors import FourbitError, InputError, ModelError, nearest
+from fourbit.experts import pack_stack
 from fourbit.integrations import peft as peft_hooks
 from fourbit.integrations.config import METHOD, FourbitConfig
-from fourbit.linear import Linear4bit, Linear8bit, QuantizedLinear, parameter_counts
+from fourbit.integrations.experts import replace_experts, restore_experts
+from fourbit.linear import (
+    Linear4bit,
+    Linear8bit,
+    QuantizedLinear,
+    expert_stacks,
+    parameter_counts,
+)
 from fourbit.quantize import QuantConfig
 
 _MARK = "_fourbit_hook"
@@ -58,10 +68,11 @@ class _Operation(ConversionOps):
     def _parameters(self, name: str, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
         prefix = name.removesuffix("weight")
         self.hf_quantizer.loaded.add(prefix)
-        return {
-            prefix + key: nn.Parameter(tensor, requires_grad=False)
-            for key, tensor in tensors.items()
-        }
+        return {prefix + key: _frozen(tensor) for key, tensor in tensors.items()}
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 class _Quantize(_Operation):
@@ -75,10 +86,15 @@ class _Quantize(_Operation):
         result: dict[str, Any] = {}
         for name, value in input_dict.items():
             weight: Tensor = value[0] if isinstance(value, list) else value
-            layer, _ = get_module_from_name(model, name)
-            assert isinstance(layer, QuantizedLinear)
+            module, own = get_module_from_name(model, name)
             try:
-                result |= self._parameters(name, packed(layer, weight, name=name))
+                if isinstance(module, QuantizedLinear):
+                    result |= self._parameters(name, packed(module, weight, name=name))
+                else:
+                    stack = expert_stacks(module)[own]
+                    parts = pack_stack(stack, weight, name=name)
+                    result |= {name + ending: _frozen(part) for ending, part in parts.items()}
+                    self.hf_quantizer.loaded.add(name)
             except FourbitError as error:
                 raise self._kept(error) from None
         return result
@@ -153,6 +169,7 @@ class FourbitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FourbitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.loaded: set[str] = set()
+        self.experts: list[str] = []
         quantization_config.failures.clear()
 
     @property
@@ -189,9 +206,11 @@ class FourbitQuantizer(HfQuantizer):
             )
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
-        """Whether the tensor of this name is the weight of a quantized layer."""
+        """Whether the tensor of this name is the weight of a quantized layer or of experts."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, QuantizedLinear) and name == "weight"
+        if isinstance(module, QuantizedLinear):
+            return name == "weight"
+        return name in expert_stacks(module)
 
     def get_quantize_ops(self) -> _Quantize:
         """The operation transformers applies to each such tensor."""
@@ -224,11 +243,27 @@ class FourbitQuantizer(HfQuantizer):
                 # transformers before 5.23 casts what arrives to the waiting parameter's dtype
                 shape = (layer.out_features, layer.in_features)
                 waiting = torch.empty(shape, dtype=layer.original_dtype, device="meta")
-                layer.weight = nn.Parameter(waiting, requires_grad=False)
+                layer.weight = _frozen(waiting)
+        if config.quantize_experts:
+            self._declare_experts(model, skip)
         if not (config.allow_unquantized or self.pre_quantized):
             _refuse_mostly_plain(model)
         install()
         return model
+
+    def _declare_experts(self, model: PreTrainedModel, skip: list[str]) -> None:
+        config = self.quantization_config
+        self.experts = replace_experts(
+            model, config.quant, compute_dtype=config.compute_dtype, skip=skip
+        )
+        config.quantize_experts = bool(self.experts)
+        if self.pre_quantized:
+            return
+        for full in self.experts:
+            module, name = get_module_from_name(model, full)
+            stack = expert_stacks(module)[name]
+            waiting = torch.empty(stack.shape, dtype=stack.original_dtype, device="meta")
+            setattr(module, name, _frozen(waiting))
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -236,23 +271,35 @@ class FourbitQuantizer(HfQuantizer):
         if self.quantization_config.failures:
             raise self.quantization_config.failures[0]
         layers = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
-        missing = [name for name in layers if f"{name}." not in self.loaded]
+        missing = [f"{name}.weight" for name in layers if f"{name}." not in self.loaded]
+        if not self.pre_quantized:
+            missing += [name for name in self.experts if name not in self.loaded]
         if missing:
             raise ModelError(
                 "missing-weights",
                 where=str(model.config.name_or_path or type(model).__name__),
-                what=f"{len(missing)} tensors are missing, first: {missing[0]}.weight",
+                what=f"{len(missing)} tensors are missing, first: {missing[0]}",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
-        # save_pretrained reverts the conversions of loading; ours is `get_state_dict_and_metadata`
-        conversions = getattr(model, "_weight_conversions", None)
-        if conversions:
-            model._weight_conversions = [  # type: ignore[assignment]
-                entry
-                for entry in conversions
-                if not any(isinstance(op, _Operation) for op in getattr(entry, "operations", ()))
-            ]
+        self._keep_conversions(model)
         return model
+
+    def _keep_conversions(self, model: PreTrainedModel) -> None:
+        """Drops what saving must not revert: our reading, and the merging of packed experts."""
+        conversions = getattr(model, "_weight_conversions", None)
+        if not conversions:
+            return
+
+        def ours(entry: Any) -> bool:
+            if any(isinstance(op, _Operation) for op in getattr(entry, "operations", ())):
+                return True
+            merges = isinstance(entry, WeightConverter)
+            return merges and any(
+                name.endswith(target) for target in entry.target_patterns for name in self.experts
+            )
+
+        kept = [entry for entry in conversions if not ours(entry)]
+        model._weight_conversions = kept  # type: ignore[assignment]
 
     def get_state_dict_and_metadata(  # type: ignore[override]  # the base returns nothing
         self, model: nn.Module
@@ -266,6 +313,7 @@ class FourbitQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 model.set_submodule(name, _plain_layer(module, dtype or module.original_dtype))
+        restore_experts(model, dtype)
         return model
 
 
@@ -339,14 +387,18 @@ def _apply(config: FourbitConfig, layer: QuantizedLinear) -> None:
         layer.keep_fp16_weight_()
 
 
-def _refuse_mostly_plain(model: PreTrainedModel) -> None:
+def _refuse_mostly_plain(model: PreTrainedModel, *, adapters: list[str] | None = None) -> None:
     """Counts matrices outside embeddings and head: they are what a user expects to shrink."""
     apart = {id(model.get_output_embeddings())}
+    for name in adapters or []:
+        apart |= {id(module) for module in model.get_submodule(name).modules()}
     plain: dict[str, int] = {}
     packed = 0
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             packed += module.in_features * module.out_features
+        elif stacks := expert_stacks(module):
+            packed += sum(math.prod(stack.shape) for stack in stacks.values())
         elif not isinstance(module, nn.Embedding) and id(module) not in apart:
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2:
@@ -481,26 +533,43 @@ def _as_linear(conv: Conv1D) -> nn.Linear:
 
 
 def quantize_model(
-    model: PreTrainedModel, quant: QuantConfig, *, compute_dtype: torch.dtype | None = None
+    model: PreTrainedModel | PeftModel,
+    quant: QuantConfig,
+    *,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Quantizes a model that is already in memory (or on meta), in place.
 
-    The output head, tied weights and embeddings stay as they are.
+    The output head, tied weights and embeddings stay as they are. On a model with LoRA adapters
+    only the base is quantized; an adapter made on the 16-bit weights with PiSSA, OLoRA or a start
+    that looks at data keeps its values, and what it left of the base is rounded with less error.
 
     Returns:
         The names of the quantized layers.
+
+    Raises:
+        InputError: the model carries adapters of another kind than LoRA, or merged ones.
     """
+    base = peft_hooks.base_model(model)
+    peft_hooks.check_quantizable(model)
     config = FourbitConfig.from_quant(quant, compute_dtype=compute_dtype)
-    skip = _skipped(model, config, None)
-    replaced = replace_linears(model, quant, compute_dtype=compute_dtype, skip=skip)
+    adapters = peft_hooks.adapter_modules(base)
+    skip = _skipped(base, config, None) + adapters
+    replaced = replace_linears(base, quant, compute_dtype=compute_dtype, skip=skip)
+    experts = replace_experts(base, quant, compute_dtype=compute_dtype, skip=skip)
     if not quant.allow_unquantized:
-        _refuse_mostly_plain(model)
+        _refuse_mostly_plain(base, adapters=adapters)
     install()
+    peft_hooks.fuse(base)
     # so that save_pretrained writes packed layers in a format that others read
-    model.hf_quantizer = FourbitQuantizer(config)  # type: ignore[assignment]
-    model.config.quantization_config = config
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = METHOD  # type: ignore[assignment]
+    quantizer = FourbitQuantizer(config)
+    quantizer.experts = experts
+    quantizer._keep_conversions(base)
+    config.quantize_experts = bool(experts)
+    base.hf_quantizer = quantizer  # type: ignore[assignment]
+    base.config.quantization_config = config
+    base.is_quantized = True  # type: ignore[assignment]
+    base.quantization_method = METHOD  # type: ignore[assignment]
     return replaced
 
 
@@ -526,6 +595,21 @@ def install() -> None:
 
     setattr(num_parameters, _MARK, True)
     PreTrainedModel.num_parameters = num_parameters
+
+
+def converts_weights(model: PreTrainedModel) -> bool:
+    """Whether transformers computes the model's weights from other tensors of the checkpoint.
+
+    It stacks the experts of most mixture-of-experts models, for one; names that only change
+    do not count.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # transformers before this mapping loads every tensor as it is
+        return False
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return any(isinstance(step, WeightConverter) for step in found)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

@@ -64,6 +64,8 @@ class QuantizeOptions:
         names: dict[str, Any] = {
             "llm_int8_skip_modules": skip,
             "allow_unquantized": self.quant.allow_unquantized,
+            # stacks of experts are made while loading, which a tensor-by-tensor copy does not do
+            "quantize_experts": False,
         }
         if self.quant.is_int8:
             names |= {"load_in_8bit": True, "llm_int8_threshold": self.quant.llm_int8_threshold}
