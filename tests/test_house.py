@@ -21,6 +21,8 @@ FLOORS = [
     {"linear", "absmax"},
     {"lora", "loss", "optim", "bnb_format", "experts"},
     {"integrations.config", "integrations.experts"},
+    {"integrations.starts", "integrations.merging"},
+    {"integrations.tuners"},
     {"integrations.peft"},
     {"integrations.transformers", "integrations.gguf", "receipt"},
     {"sources", "data", "integrations.trainer"},

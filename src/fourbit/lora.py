@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -22,6 +21,7 @@ from fourbit.linear import Linear4bit, autocast_input
 from fourbit.settings import Settings
 
 _MATCH_SECONDS = 5.0
+_STARTS = re.compile(r"gaussian|orthogonal|pissa|pissa_niter_\d+|olora")
 
 
 class LoraSettings(Settings):
@@ -55,9 +55,19 @@ class LoraSettings(Settings):
     use_dora: bool = Field(
         default=False, description="weight-decomposed adapters (slower, unfused)"
     )
-    init_lora_weights: bool | Literal["gaussian"] = Field(
-        default=True, description="true: A random, B zero; gaussian: A normal, B zero"
+    init_lora_weights: bool | str = Field(
+        default=True,
+        description="true, gaussian, orthogonal; pissa, pissa_niter_N, olora: from the weights",
     )
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _known_start(cls, value: bool | str) -> bool | str:
+        if isinstance(value, str) and not _STARTS.fullmatch(value):
+            raise ValueError(
+                f"'{value}' is not true, false, gaussian, orthogonal, pissa, pissa_niter_N or olora"
+            )
+        return value
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

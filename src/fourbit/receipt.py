@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
 from fourbit.integrations.experts import LoraExperts
-from fourbit.integrations.peft import lora_layers, saved_modules
+from fourbit.integrations.peft import lora_layers, plain_name, saved_modules
 from fourbit.linear import parameter_counts
 
+START = ".lora_start_"
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -122,7 +123,12 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
     tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     persistent = model.state_dict(keep_vars=True).keys()
     tensors |= {name: b for name, b in model.named_buffers() if name in persistent}
-    return {plain_name(name): tensor_digest(tensor) for name, tensor in tensors.items()}
+    return {
+        plain_name(name): tensor_digest(tensor)
+        for name, tensor in tensors.items()
+        # the fixed half of a PiSSA or OLoRA adapter: saved with it, no part of the base
+        if START not in name
+    }
 
 
 def packed_digest(model: nn.Module) -> str:
@@ -134,12 +140,6 @@ def packed_digest(model: nn.Module) -> str:
             if not parameter.is_floating_point()
         }
     )
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name in the model before PEFT wrapped it."""
-    parts = name.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
@@ -163,6 +163,8 @@ def adapter_count(model: nn.Module) -> int:
             # DoRA's magnitude and a LoRA bias have one value per output
             extras = (name in layer.lora_magnitude_vector) + bool(layer.lora_bias.get(name))
             count += extras * out_features
+            # AdaLoRA's singular values
+            count += layer.r[name] * (name in getattr(layer, "lora_E", ()))
     for wrapper in saved_modules(model).values():
         for name in wrapper.active_adapters:
             count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())

@@ -14,7 +14,7 @@ from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.loading import LoadOptions, load_model
 from fourbit.lora import rank_by_pattern
-from fourbit.receipt import Receipt, combined_digest, frozen_digests, read_receipt
+from fourbit.receipt import START, Receipt, combined_digest, frozen_digests, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
 from fourbit.sources import resolve_source
@@ -103,7 +103,7 @@ def _check_count(
     except (OSError, ValueError, KeyError, TypeError) as error:
         receipt.add("adapter_config", False, f"adapter_config.json is unreadable ({error})")
         return
-    count = sum(tensor.numel() for tensor in tensors.values())
+    count = sum(tensor.numel() for name, tensor in tensors.items() if START not in name)
     wrong = [
         name
         for name, tensor in tensors.items()
@@ -165,7 +165,7 @@ def _check_owner(receipt: Receipt, saved: checkpoint.Checkpoint, config: TrainCo
         for name in saved.tensors["optimizer.safetensors"]
         if name.endswith(".exp_avg")
     }
-    count = len(saved.tensors[ADAPTER_FILE])
+    count = sum(START not in name for name in saved.tensors[ADAPTER_FILE])
     ok = len(names) == count
     if config.method != "full" and not config.lora.modules_to_save:
         ok = ok and all(".lora_" in name for name in names)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from fourbit.errors import InputError, ModelError
+from fourbit.errors import InputError
 from fourbit.integrations.peft import (
     LoraLinear4bit,
     add_adapter,
@@ -272,29 +272,6 @@ def test_transformers_own_adapter_api_gives_our_layer() -> None:
     base = quantized()
     base.add_adapter(config(), adapter_name="one")
     assert len(ours(base)) == layers_of(base)
-
-
-def test_merging_is_refused_in_one_line() -> None:
-    model = get_peft_model(quantized(), config())
-    expected = (
-        "error[merge-into-4bit] LoraLinear4bit: an adapter cannot be merged into packed 4-bit"
-        " weights without losing it; fix: keep the adapter beside the base, or merge it into the"
-        " 16-bit base with PEFT"
-    )
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(ModelError) as caught:
-            merge()
-        assert caught.value.line() == expected
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
-def test_inits_that_read_the_weights_are_refused(init: str) -> None:
-    with pytest.raises(InputError) as caught:
-        get_peft_model(quantized(), config(init_lora_weights=init))
-    assert caught.value.line() == (
-        f"error[init-needs-weights] lora.init_lora_weights: '{init}' reads 16-bit weights, the base"
-        " has 4 bits; fix: use true or gaussian"
-    )
 
 
 @pytest.mark.parametrize(

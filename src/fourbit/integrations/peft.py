@@ -7,6 +7,7 @@ Hooks used, each with a test in ``tests/integrations/test_peft.py``:
   ``model.add_adapter``, ``load_adapter`` and TRL. (``LoraConfig._register_custom_module`` is the
   documented way, but holds for one config object only and is not saved.)
 - ``PeftModel.get_nb_trainable_parameters`` is wrapped: it would count packed bytes as parameters.
+- Those of `fourbit.integrations.tuners`: other methods, merging and unloading.
 - ``convert_peft_config_for_transformers`` is wrapped: on some mixtures it reads ``gate_proj`` as
   the experts' and leaves the shared expert's layers without adapters. On packed experts, what is
   named is what is targeted; experts are named in ``target_parameters``.
@@ -15,13 +16,15 @@ Hooks used, each with a test in ``tests/integrations/test_peft.py``:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import peft.tuners.lora.model as peft_lora_model
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils import transformers_weight_conversion as weight_conversion
@@ -29,42 +32,117 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fourbit.errors import InputError, ModelError
+from fourbit.errors import InputError
+from fourbit.integrations import tuners
 from fourbit.integrations.experts import LoraExperts
+from fourbit.integrations.merging import ExactMerge, packed_base
+from fourbit.integrations.starts import (
+    Start,
+    check_start,
+    orthogonal_pair,
+    principal,
+    principal_part,
+    reproducible,
+)
 from fourbit.linear import Linear4bit, QuantizedLinear, expert_stacks, parameter_counts
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
-_WEIGHT_INITS = (True, False, None, "gaussian")
+_UNSHOWN = {
+    "kasa_config": "KaSA cuts directions out of the stored weight, which 4 bits cannot hold",
+    "use_bdlora": "BD-LoRA makes its blocks in the dtype of the weight, which is packed",
+    "arrow_config": "Arrow has not been shown to compute right on packed weights",
+}
+"""LoRA variants that are refused, with the reason."""
 
 
-class LoraLinear4bit(PeftLoraLinear):
-    """PEFT's LoRA layer on a `Linear4bit`: same module tree and files, fused arithmetic.
+class LoraLinear4bit(ExactMerge, PeftLoraLinear):
+    """PEFT's LoRA layer on a packed base: same module tree and files, fused arithmetic in 4 bits.
 
-    One active, unmerged, plain adapter takes the fused operation; everything else (several
-    adapters, DoRA, mixed batches, disabled adapters) is PEFT's own code, unchanged.
+    One active, unmerged, plain adapter takes the fused operation, one that starts from the weights
+    (`fourbit.integrations.starts`) too; everything else (several adapters, DoRA, mixed batches,
+    disabled adapters) is PEFT's own code, unchanged.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any
+    other_param_names = (*PeftLoraLinear.other_param_names, "lora_start_A", "lora_start_B")
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
     ) -> None:
-        if config.init_lora_weights not in _WEIGHT_INITS:
-            raise InputError(
-                "init-needs-weights",
-                where="lora.init_lora_weights",
-                what=f"'{config.init_lora_weights}' reads 16-bit weights, the base has 4 bits",
-                fix="use true or gaussian",
-            )
+        """Adds one adapter.
+
+        Raises:
+            InputError: a start or a variant that needs the 16-bit weight.
+        """
+        check_start(config.init_lora_weights)
         config.fan_in_fan_out = False  # the packed weight is [out, in] for GPT-2's Conv1D too
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+        for key, what in _UNSHOWN.items():
+            if getattr(config, key, None):
+                raise _needs_weights(key, what)
+        if config.use_dora and principal(config.init_lora_weights):
+            raise _needs_weights("use_dora", "DoRA and a start from the weights exclude each other")
+        if "lora_start_A" not in self._modules:
+            self.add_starts()
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def add_starts(self) -> None:
+        """Room for the fixed half of adapters that start from the weight."""
+        self.lora_start_A, self.lora_start_B = nn.ParameterDict(), nn.ParameterDict()
+
+    def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        """The adapter starts at the principal part of the weight; the base stays as it is."""
+        A, B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        base, r = packed_base(self), self.r[adapter_name]
+        assert base is not None
+        if _weight(A).is_meta or base.weight.is_meta:  # a file's values will come
+            start_A, start_B = _weight(A).detach(), _weight(B).detach()
+        else:
+            start_A, start_B = principal_part(
+                base.dequantize(torch.float32),
+                r=r,
+                scaling=self.scaling[adapter_name],
+                name=init_lora_weights,
+            )
+            _weight(A).data, _weight(B).data = start_A.clone(), start_B.clone()
+        self.lora_start_A[adapter_name] = nn.Parameter(start_A, requires_grad=False)
+        self.lora_start_B[adapter_name] = nn.Parameter(start_B, requires_grad=False)
+        self.lora_variant[adapter_name] = Start()
+
+    def olora_init(self, adapter_name: str) -> None:
+        """The same with QR in place of the singular values."""
+        self.pissa_init(adapter_name, "olora")
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        """Random A and B with B·A = 0."""
+        assert self.in_features is not None
+        assert self.out_features is not None
+        A, B = orthogonal_pair(self.in_features, self.out_features, r=self.r[adapter_name])
+        if not _weight(self.lora_A[adapter_name]).is_meta:
+            _weight(self.lora_A[adapter_name]).data = A
+            _weight(self.lora_B[adapter_name]).data = B
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the weight, ``[out, in]``."""
+        delta = super().get_delta_weight(adapter)
+        if adapter in self.lora_start_A:
+            start = self.lora_start_B[adapter].float() @ self.lora_start_A[adapter].float()
+            delta = delta - (start * self.scaling[adapter]).to(delta.dtype)
+        return delta
+
+    @contextmanager
+    def _unmerged_base_weight(self, safe_merge: bool = False) -> Iterator[Tensor]:
+        # PEFT would unmerge and merge again; the packed layer still knows its weight.
+        base = packed_base(self)
+        assert base is not None
+        yield base.dequantize(torch.float32)
 
     def _fused_adapter(self) -> str | None:
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or len(active) != 1:
             return None
         name = active[0]
-        plain = name not in self.lora_variant and not self.lora_bias[name]
-        return name if plain else None
+        plain = name not in self.lora_variant or name in self.lora_start_A
+        return name if plain and not self.lora_bias[name] else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
@@ -74,25 +152,11 @@ class LoraLinear4bit(PeftLoraLinear):
             return super().forward(x, *args, **kwargs)
         dropout = self.lora_dropout[name]
         probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        return lora_forward(
-            base,
-            x,
-            (
-                _weight(self.lora_A[name]),
-                _weight(self.lora_B[name]),
-                self.scaling[name],
-                probability,
-            ),
-        )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: rounding ``W + sBA`` back to 4 bits would lose most of what was learned."""
-        raise ModelError(
-            "merge-into-4bit",
-            where=type(self).__name__,
-            what="an adapter cannot be merged into packed 4-bit weights without losing it",
-            fix="keep the adapter beside the base, or merge it into the 16-bit base with PEFT",
-        )
+        A, B = _weight(self.lora_A[name]), _weight(self.lora_B[name])
+        if name in self.lora_start_A:
+            A = torch.cat([A, self.lora_start_A[name].to(A.dtype)])
+            B = torch.cat([B, -self.lora_start_B[name].to(B.dtype)], dim=1)
+        return lora_forward(base, x, (A, B, self.scaling[name], probability))
 
     def extra_repr(self) -> str:
         """Rank, alpha and dropout of each adapter, for ``print(model)``."""
@@ -103,13 +167,23 @@ class LoraLinear4bit(PeftLoraLinear):
         )
 
 
+def _needs_weights(key: str, what: str) -> InputError:
+    return InputError(
+        "init-needs-weights",
+        where=key,
+        what=what,
+        fix="leave it out",
+    )
+
+
 def _weight(module: nn.Module) -> Tensor:
     assert isinstance(module, nn.Linear)
     return module.weight
 
 
 def install() -> None:
-    """Wraps the two hooks once; called when the first quantized model is made, never at import."""
+    """Wraps the hooks once; called when the first quantized model is made, never at import."""
+    tuners.install()
     # not exported by PEFT's types, but the global that its dispatch looks up
     dispatch = peft_lora_model.dispatch_default  # pyright: ignore[reportPrivateImportUsage]
     if not getattr(dispatch, _MARK, False):
@@ -120,7 +194,11 @@ def install() -> None:
             base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
             if kwargs.get("parameter_name") in expert_stacks(base):
                 return LoraExperts(target, adapter_name, config=config, **kwargs)
-            if isinstance(base, QuantizedLinear) and kwargs.get("parameter_name") is None:
+            if isinstance(base, QuantizedLinear):
+                if kwargs.get("parameter_name") is not None:
+                    raise _needs_weights(
+                        "target_parameters", "the parameter of this layer is packed"
+                    )
                 kwargs.pop("parameter_name", None)
                 return LoraLinear4bit(target, adapter_name, config=config, **kwargs)
             return dispatch(target, adapter_name, config=config, **kwargs)
@@ -139,6 +217,64 @@ def install() -> None:
 
         setattr(count_fourbit, _MARK, True)
         PeftModel.get_nb_trainable_parameters = count_fourbit
+
+
+def check_quantizable(model: nn.Module) -> None:
+    """Refuses adapters that could not go on working on a base quantized under them.
+
+    Raises:
+        InputError: naming the first layer, or a start that no reload would find again.
+    """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        start = getattr(config, "init_lora_weights", True)
+        if not reproducible(start):
+            raise InputError(
+                "start-not-reproducible",
+                where="init_lora_weights",
+                what=f"'{start}' changed the base in a way that reloading does not repeat",
+                fix="use pissa or olora, or quantize first and start from the packed weights",
+            )
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        plain = type(module) is PeftLoraLinear and not module.merged
+        on_experts = isinstance(module, ParamWrapper)
+        if plain or not on_experts and not isinstance(module.get_base_layer(), (nn.Linear, Conv1D)):
+            continue
+        raise InputError(
+            "adapter-before-quantization",
+            where=plain_name(name),
+            what=f"a {type(module).__name__} layer that is merged or of another method sits here",
+            fix="quantize first, then add the adapter; or unmerge it",
+        )
+
+
+def adapter_modules(model: nn.Module) -> list[str]:
+    """Names of everything that adapters consist of."""
+    return [
+        f"{name}.{child}"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Module) and isinstance(module, BaseTunerLayer)
+        for child in module._modules
+        if child != "base_layer"
+    ]
+
+
+def fuse(model: nn.Module) -> None:
+    """Gives PEFT's LoRA layers whose base has just been quantized our arithmetic."""
+    for module in model.modules():
+        if type(module) is PeftLoraLinear and isinstance(module.get_base_layer(), QuantizedLinear):
+            # The object stays: an optimizer or a hook may already know it.
+            module.__class__ = LoraLinear4bit
+            module.fan_in_fan_out = module.is_target_conv_1d_layer = False
+            assert isinstance(module, LoraLinear4bit)
+            module.add_starts()
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name in the model before PEFT wrapped it."""
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
 
 
 def _install_literal_targets() -> None:
@@ -168,7 +304,7 @@ def lora_config(settings: LoraSettings, *, task_type: str | None = "CAUSAL_LM") 
         alpha_pattern=dict(settings.alpha_pattern),
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        init_lora_weights=settings.init_lora_weights,
+        init_lora_weights=settings.init_lora_weights,  # type: ignore[arg-type]  # checked there
         task_type=task_type,
     )
 
@@ -205,6 +341,23 @@ def planned_targets(model: PreTrainedModel, settings: LoraSettings) -> dict[str,
     return resolve_targets(linear_shapes(model), settings, head=head_name(model))
 
 
+def _check_start_on(
+    model: PreTrainedModel, targets: Mapping[str, object], settings: LoraSettings
+) -> None:
+    if not principal(settings.init_lora_weights):
+        return
+    plain = [n for n in targets if not isinstance(model.get_submodule(n), QuantizedLinear)]
+    if plain:
+        # PEFT would change the base's weights, and the run could be neither verified nor reloaded.
+        raise InputError(
+            "init-changes-base",
+            where="lora.init_lora_weights",
+            what=f"'{settings.init_lora_weights}' changes the weights of {plain[0]}, which is not"
+            " quantized",
+            fix="use method: qlora and quantized targets only, or true",
+        )
+
+
 def add_adapter(
     model: PreTrainedModel, settings: LoraSettings, *, low_cpu_mem_usage: bool = False
 ) -> PeftModel:
@@ -219,7 +372,7 @@ def add_adapter(
         InputError: targets that match nothing or no linear layer, or ranks above a layer's
             dimensions.
     """
-    planned_targets(model, settings)
+    _check_start_on(model, planned_targets(model, settings), settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on settings that we choose ourselves
         try:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -380,9 +381,11 @@ def _apply(config: FourbitConfig, layer: QuantizedLinear) -> None:
         layer.keep_fp16_weight_()
 
 
-def _refuse_mostly_plain(model: PreTrainedModel) -> None:
+def _refuse_mostly_plain(model: PreTrainedModel, *, adapters: list[str] | None = None) -> None:
     """Counts matrices outside embeddings and head: they are what a user expects to shrink."""
     apart = {id(model.get_output_embeddings())}
+    for name in adapters or []:
+        apart |= {id(module) for module in model.get_submodule(name).modules()}
     plain: dict[str, int] = {}
     packed = 0
     for name, module in model.named_modules():
@@ -468,31 +471,43 @@ def _as_linear(conv: Conv1D) -> nn.Linear:
 
 
 def quantize_model(
-    model: PreTrainedModel, quant: QuantConfig, *, compute_dtype: torch.dtype | None = None
+    model: PreTrainedModel | PeftModel,
+    quant: QuantConfig,
+    *,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Quantizes a model that is already in memory (or on meta), in place.
 
-    The output head, tied weights and embeddings stay as they are.
+    The output head, tied weights and embeddings stay as they are. On a model with LoRA adapters
+    only the base is quantized; an adapter made on the 16-bit weights with PiSSA, OLoRA or a start
+    that looks at data keeps its values, and what it left of the base is rounded with less error.
 
     Returns:
         The names of the quantized layers.
+
+    Raises:
+        InputError: the model carries adapters of another kind than LoRA, or merged ones.
     """
+    base = peft_hooks.base_model(model)
+    peft_hooks.check_quantizable(model)
     config = FourbitConfig.from_quant(quant, compute_dtype=compute_dtype)
-    skip = _skipped(model, config, None)
-    replaced = replace_linears(model, quant, compute_dtype=compute_dtype, skip=skip)
-    experts = replace_experts(model, quant, compute_dtype=compute_dtype, skip=skip)
+    adapters = peft_hooks.adapter_modules(base)
+    skip = _skipped(base, config, None) + adapters
+    replaced = replace_linears(base, quant, compute_dtype=compute_dtype, skip=skip)
+    experts = replace_experts(base, quant, compute_dtype=compute_dtype, skip=skip)
     if not quant.allow_unquantized:
-        _refuse_mostly_plain(model)
+        _refuse_mostly_plain(base, adapters=adapters)
     install()
+    peft_hooks.fuse(base)
     # so that save_pretrained writes packed layers in a format that others read
     quantizer = FourbitQuantizer(config)
     quantizer.experts = experts
-    quantizer._keep_conversions(model)
+    quantizer._keep_conversions(base)
     config.quantize_experts = bool(experts)
-    model.hf_quantizer = quantizer  # type: ignore[assignment]
-    model.config.quantization_config = config
-    model.is_quantized = True  # type: ignore[assignment]
-    model.quantization_method = METHOD  # type: ignore[assignment]
+    base.hf_quantizer = quantizer  # type: ignore[assignment]
+    base.config.quantization_config = config
+    base.is_quantized = True  # type: ignore[assignment]
+    base.quantization_method = METHOD  # type: ignore[assignment]
     return replaced
 
 

@@ -187,7 +187,7 @@ def linear_int8(
             y += (flat[:, outliers] @ columns.t()).float()
     if bias is not None:
         y += bias.float()
-    return y.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    return torch.ops.aten._unsafe_view(y.to(x.dtype), [*x.shape[:-1], codes.shape[0]])
 
 
 def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -235,7 +235,10 @@ def linear_4bit(
         x.dtype,
     )
     with _no_autocast(x):
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.nn.functional.linear(rows, weight, None if bias is None else bias.to(x.dtype))
+    # A view could not be changed in place by whoever calls the layer, as AdaLoRA does.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], out_features])
 
 
 @default_kernel("lora_linear_4bit")

@@ -122,3 +122,12 @@ class TrainConfig(Settings):
             if getattr(self, name) and (not self.data.eval or not self.eval_every):
                 raise ValueError(f"{name} needs data.eval and eval_every above 0")
         return self
+
+    @model_validator(mode="after")
+    def _exact_start(self) -> TrainConfig:
+        start = str(self.lora.init_lora_weights)
+        if start.startswith(("pissa", "olora")) and self.save_dtype != "fp32":
+            raise ValueError(
+                f"save_dtype {self.save_dtype} would round away what {start} learned: use fp32"
+            )
+        return self
