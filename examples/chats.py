@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +33,36 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def precision() -> dict[str, bool]:
-    """A trainer's flags for this machine; TRL would ask for bf16 everywhere."""
-    cuda = torch.cuda.is_available()
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"use_cpu": not cuda, "bf16": bf16, "fp16": cuda and not bf16}
+def compute_dtype() -> str:
+    """What this machine multiplies fast in."""
+    if not torch.cuda.is_available():
+        return "float32"
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if bf16 else "float16"
 
 
-def show(receipt: fourbit.Receipt | None) -> None:
-    """The two lines every example ends with; a receipt that failed has raised before."""
-    assert receipt is not None
-    print("base unchanged: " + next(c.detail for c in receipt.checks if c.name == "base_unchanged"))
-    first, last = receipt.facts["train_loss_first"], receipt.facts["train_loss_last"]
-    print(f"loss {first:.4f} -> {last:.4f}")
+def common(output: Path) -> dict[str, Any]:
+    """What every trainer here is told: where, in which precision, and to be quiet."""
+    dtype = compute_dtype()
+    return {
+        "output_dir": str(output),
+        "use_cpu": dtype == "float32",
+        "bf16": dtype == "bfloat16",  # TRL would ask for it everywhere
+        "fp16": dtype == "float16",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
+def show(
+    watched: fourbit.ReceiptCallback, before: Mapping[str, float], after: Mapping[str, float]
+) -> None:
+    """What the examples with a trainer end with; a receipt that failed has raised before."""
+    assert watched.receipt is not None
+    checks = {check.name: check.detail for check in watched.receipt.checks}
+    print(f"base unchanged: {checks['base_unchanged']}")
+    print(f"loss {before['eval_loss']:.4f} -> {after['eval_loss']:.4f}")
 
 
 def batches(

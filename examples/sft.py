@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chats import arguments, precision, rows, show
+from chats import arguments, common, rows, show
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -20,11 +20,12 @@ def main() -> None:
     """Loads in 4 bits and leaves the rest to TRL."""
     args = arguments(__doc__)
     model, tokenizer = fourbit.load(args.model, quant=fourbit.QuantConfig())
+    data = Dataset.from_list(rows(args.data))
     receipt = fourbit.ReceiptCallback()
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
-            output_dir=str(args.output or "sft_output"),
+            **common(args.output or Path("sft_output")),
             max_steps=args.steps,
             per_device_train_batch_size=2,
             learning_rate=5e-4,
@@ -32,22 +33,20 @@ def main() -> None:
             packing=True,
             assistant_only_loss=True,
             chat_template_path=str(TEMPLATE),
-            logging_steps=1,
             save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **precision(),
         ),
-        train_dataset=Dataset.from_list(rows(args.data)),
+        train_dataset=data,
+        eval_dataset=data.select(range(8)),
         processing_class=tokenizer,
         peft_config=LoraConfig(
             r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
         ),
         callbacks=[receipt],
     )
+    before = trainer.evaluate()
     trainer.train()
     trainer.save_model()
-    show(receipt.receipt)
+    show(receipt, before, trainer.evaluate())
 
 
 if __name__ == "__main__":

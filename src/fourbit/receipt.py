@@ -188,6 +188,7 @@ class Watch:
         self.initial = {name: tensor_digest(p) for name, p in self._trainable()}
         self.first_gradient: dict[str, int] = {}
         self.steps = 0
+        self.idle_steps = 0
         self.moving_steps = 0
         self.losses: list[float] = []
         self.supervised: int | None = None
@@ -227,6 +228,7 @@ class Watch:
             "initial": self.initial,
             "first_gradient": self.first_gradient,
             "steps": self.steps,
+            "idle_steps": self.idle_steps,
             "moving_steps": self.moving_steps,
             "losses": self.losses[:1] + self.losses[1:][-1:],
             "supervised": self.supervised,
@@ -249,6 +251,7 @@ class Watch:
         self.initial = dict(state["initial"])
         self.first_gradient = dict(state["first_gradient"])
         self.steps, self.moving_steps = state["steps"], state["moving_steps"]
+        self.idle_steps = state.get("idle_steps", 0)
         self.losses = list(state["losses"])
         self.supervised = state["supervised"]
 
@@ -276,18 +279,30 @@ class Watch:
             else:
                 pending = True
         if pending:
+            if self._is_idle():
+                self.idle_steps += 1
+                return
             self._require_gradients()
         if any(group["lr"] > 0 for group in optimizer.param_groups):
             self.moving_steps += 1
+
+    def _is_idle(self) -> bool:
+        """Whether every gradient is there and zero, as when all rewards of a batch are equal.
+
+        Such a step says nothing about where gradients flow.
+        """
+        gradients = [p.grad for _, p in self._trainable()]
+        return all(g is not None and not bool(g.any()) for g in gradients)
 
     def without_gradient(self) -> list[str]:
         """Trainable parameters that should have had a gradient by now and had none.
 
         B (and whatever is trained whole) by step 2; A, whose gradient is zero while B is, by the
-        second step after the first update with a learning rate above zero. Layers of a
-        mixture-of-experts model that no token was routed to are excepted.
+        second step after the first update with a learning rate above zero. Steps in which every
+        gradient is zero do not count. Layers of a mixture-of-experts model that no token was
+        routed to are excepted.
         """
-        if self.steps < 2:
+        if self.steps - self.idle_steps < 2:
             return []
         spared = self._unrouted()
         missing = []
@@ -388,7 +403,8 @@ class Watch:
         detail = f"gradients reached {len(self.first_gradient)} of {len(now)} tensors"
         if missing:
             detail += f"; none at {plain_name(missing[0])}"
-        receipt.add("gradients_reached", bool(now) and self.steps > 0 and not missing, detail)
+        reached = bool(now) and bool(self.first_gradient) and not missing
+        receipt.add("gradients_reached", reached, detail)
         unrouted = len(spared)
         if unrouted:
             receipt.findings.append(f"{unrouted} expert layers were never routed to")

@@ -26,7 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils import transformers_weight_conversion as weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -258,6 +258,36 @@ def adapter_modules(model: nn.Module) -> list[str]:
         for child in module._modules
         if child != "base_layer"
     ]
+
+
+def base_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What remains of a state dict without PEFT: the base's own tensors under their own names.
+
+    Raises:
+        InputError: adapters are merged, so that the packed bytes are not in the state dict.
+    """
+    parts = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    merged = next((name for name, layer in parts if layer.merged), None)
+    if merged is not None:
+        raise InputError(
+            "merged-base",
+            where=plain_name(merged),
+            what="the base cannot be saved while adapters are merged into it",
+            fix="call unmerge_adapter() first, or save what merge_and_unload() returns",
+        )
+    added = [f"{name}." for name in adapter_modules(model)]
+    added += [
+        f"{name}.{child}."
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for child in module._modules
+        if child != "original_module"
+    ]
+    return {
+        plain_name(name): tensor
+        for name, tensor in state.items()
+        if not name.startswith(tuple(added))
+    }
 
 
 def fuse(model: nn.Module) -> None:
