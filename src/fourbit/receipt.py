@@ -21,10 +21,19 @@ from torch import Tensor, nn
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
 from fourbit.integrations.experts import LoraExperts
-from fourbit.integrations.peft import lora_layers, plain_name, saved_modules
+from fourbit.integrations.peft import (
+    lora_layers,
+    plain_name,
+    saved_modules,
+    trained_token_count,
+)
 from fourbit.linear import parameter_counts
 
 START = ".lora_start_"
+_SECOND = (".lora_A.", ".lora_embedding_B.")
+"""The half of an adapter whose gradient is zero until the other half, which starts at 0, moved."""
+_PERHAPS = ".trainable_tokens_delta."
+"""Trained values of single tokens: no gradient before such a token occurs."""
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -147,6 +156,10 @@ def combined_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
 
 
+def _is_second(name: str) -> bool:
+    return any(part in name for part in _SECOND)
+
+
 def adapter_count(model: nn.Module) -> int:
     """Trainable parameters by formula: r * (in + out) for each adapter, plus what is saved whole.
 
@@ -158,13 +171,14 @@ def adapter_count(model: nn.Module) -> int:
         in_features, out_features = layer.in_features or 0, layer.out_features or 0
         if isinstance(layer, LoraExperts):
             in_features, out_features = (layer.num_experts * n for n in (in_features, out_features))
-        for name in layer.lora_A:
+        for name in (*layer.lora_A, *layer.lora_embedding_A):
             count += layer.r[name] * (in_features + out_features)
             # DoRA's magnitude and a LoRA bias have one value per output
             extras = (name in layer.lora_magnitude_vector) + bool(layer.lora_bias.get(name))
             count += extras * out_features
             # AdaLoRA's singular values
             count += layer.r[name] * (name in getattr(layer, "lora_E", ()))
+    count += trained_token_count(model)
     for wrapper in saved_modules(model).values():
         for name in wrapper.active_adapters:
             count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())
@@ -309,7 +323,7 @@ class Watch:
         for name, _ in self._trainable():
             if name in self.first_gradient or any(layer in name for layer in spared):
                 continue
-            if ".lora_A." in name and self.moving_steps < 2:
+            if _PERHAPS in name or _is_second(name) and self.moving_steps < 2:
                 continue
             missing.append(name)
         return missing
@@ -392,7 +406,9 @@ class Watch:
         still = [n for n in now if self.initial.get(n) == now[n]]
         spared = self._unrouted()
         stuck = [
-            n for n in still if ".lora_A." not in n and not any(layer in n for layer in spared)
+            name
+            for name in still
+            if not (_PERHAPS in name or _is_second(name) or any(layer in name for layer in spared))
         ]
         moved = len(now) - len(still)
         detail = f"{moved} of {len(now)} trainable tensors changed"

@@ -25,6 +25,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils import transformers_weight_conversion as weight_conversion
@@ -48,6 +49,8 @@ from fourbit.linear import Linear4bit, QuantizedLinear, expert_stacks, parameter
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
+_WRAPPING = ("base_layer", "original_module", "token_adapter")
+"""What PEFT puts into the names of the base's own parameters."""
 _UNSHOWN = {
     "kasa_config": "KaSA cuts directions out of the stored weight, which 4 bits cannot hold",
     "use_bdlora": "BD-LoRA makes its blocks in the dtype of the weight, which is packed",
@@ -281,7 +284,7 @@ def base_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
         for child in module._modules
-        if child != "original_module"
+        if child not in _WRAPPING
     ]
     return {
         plain_name(name): tensor
@@ -304,7 +307,7 @@ def fuse(model: nn.Module) -> None:
 def plain_name(name: str) -> str:
     """A module's or parameter's name in the model before PEFT wrapped it."""
     parts = name.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    return ".".join(part for part in parts if part not in _WRAPPING)
 
 
 def _install_literal_targets() -> None:
@@ -449,6 +452,18 @@ def saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     }
+
+
+def trained_token_count(model: nn.Module) -> int:
+    """Values of single tokens that are trained (`trainable_token_indices`)."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            base = module.get_base_layer()
+            wide = base.embedding_dim if isinstance(base, nn.Embedding) else base.in_features
+            assert isinstance(wide, int)
+            count += sum(len(indices) for indices in module.token_indices.values()) * wide
+    return count
 
 
 def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
