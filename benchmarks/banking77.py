@@ -101,7 +101,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--rows", type=int, default=1540, help="test rows to score")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=Path, default=None, help="keep the run here; go on where it stopped")
+    parser.add_argument(
+        "--run", type=Path, default=None, help="keep the run here; go on where it stopped"
+    )
     options = parser.parse_args()
     run = options.run or Path(tempfile.mkdtemp()) / "banking77"
 

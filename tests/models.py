@@ -193,10 +193,11 @@ def train_tiny(
         "max_steps": 2,
         "batch_size": 2,
         "grad_accum": 1,
-        "lora": {"r": 4},
         "samples": 0,
         **changes,
     }
+    if values.get("method", "qlora") in ("qlora", "lora"):
+        values.setdefault("lora", {"r": 4})
     rows = {"train": str(chats), "eval": 0, "max_length": 64, **values.pop("data", {})}
     config = TrainConfig(model=str(model), output=str(output), data=rows, **values)
     return train(config), config

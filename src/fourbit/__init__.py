@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fourbit.api import verify as verify
     from fourbit.data.config import DataConfig as DataConfig
     from fourbit.errors import FourbitError as FourbitError
+    from fourbit.exporting import export_gguf as export_gguf
     from fourbit.integrations.trainer import ReceiptCallback as ReceiptCallback
     from fourbit.integrations.transformers import FourbitConfig as FourbitConfig
     from fourbit.integrations.transformers import quantize_model as quantize_model
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from fourbit.linear import Linear8bit as Linear8bit
     from fourbit.loading import load as load
     from fourbit.lora import LoraSettings as LoraSettings
+    from fourbit.merging.result import MergeOptions as MergeOptions
+    from fourbit.merging.result import MergeResult as MergeResult
+    from fourbit.merging.run import merge as merge
     from fourbit.optim import OptimConfig as OptimConfig
+    from fourbit.prompts import PromptSettings as PromptSettings
     from fourbit.quantize import QuantConfig as QuantConfig
     from fourbit.quantize import QuantState as QuantState
     from fourbit.quantize import dequantize_4bit as dequantize_4bit
@@ -44,7 +49,10 @@ _HOMES = {
     "Linear4bit": "fourbit.linear",
     "Linear8bit": "fourbit.linear",
     "LoraSettings": "fourbit.lora",
+    "MergeOptions": "fourbit.merging.result",
+    "MergeResult": "fourbit.merging.result",
     "OptimConfig": "fourbit.optim",
+    "PromptSettings": "fourbit.prompts",
     "QuantConfig": "fourbit.quantize",
     "QuantState": "fourbit.quantize",
     "Receipt": "fourbit.receipt",
@@ -54,7 +62,9 @@ _HOMES = {
     "dequantize_4bit": "fourbit.quantize",
     "dequantize_absmax": "fourbit.absmax",
     "dequantize_int8": "fourbit.quantize",
+    "export_gguf": "fourbit.exporting",
     "load": "fourbit.loading",
+    "merge": "fourbit.merging.run",
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
     "quantize_absmax": "fourbit.absmax",
@@ -73,7 +83,10 @@ __all__ = [
     "Linear4bit",
     "Linear8bit",
     "LoraSettings",
+    "MergeOptions",
+    "MergeResult",
     "OptimConfig",
+    "PromptSettings",
     "QuantConfig",
     "QuantState",
     "Receipt",
@@ -83,7 +96,9 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "dequantize_int8",
+    "export_gguf",
     "load",
+    "merge",
     "plan",
     "quantize_4bit",
     "quantize_absmax",

@@ -51,6 +51,7 @@ def plan(
             batch_size=run.batch_size,
             length=run.data.max_length,
             checkpointing=run.gradient_checkpointing,
+            prompt=run.prompt,
         ),
         device=target,
     )

@@ -142,33 +142,33 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
     """,
 )
 @click.argument("model")
-@click.option("--method", type=click.Choice(["qlora", "lora", "full"]), default="qlora")
+@click.option(
+    "--method",
+    type=click.Choice(["qlora", "lora", "full", "prompt_tuning", "p_tuning"]),
+    default="qlora",
+)
 @click.option("--r", type=click.IntRange(1), default=None, help="Rank of the adapters.")
+@click.option(
+    "--num-virtual-tokens", type=click.IntRange(1), default=None, help="Length of the prompt."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=None, help="Sequences at once.")
 @click.option("--max-length", type=click.IntRange(8), default=None, help="Tokens in a sequence.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 @_JSON
-def plan(
-    model: str,
-    method: str,
-    r: int | None,
-    batch_size: int | None,
-    max_length: int | None,
-    revision: str | None,
-    as_json: bool,
-) -> None:
+def plan(model: str, as_json: bool, **options: Any) -> None:
     """Says what fine-tuning MODEL needs in memory, before anything is loaded."""
     from fourbit.api import plan as make_plan
+    from fourbit.settings import load_settings
     from fourbit.training.config import TrainConfig
 
-    given: dict[str, Any] = {"model": model, "method": method, "revision": revision}
-    if batch_size is not None:
-        given["batch_size"] = batch_size
-    if r is not None:
-        given["lora"] = {"r": r}
-    if max_length is not None:
-        given["data"] = {"max_length": max_length}
-    result = make_plan(model, config=TrainConfig.model_validate(given))
+    keys = {
+        "r": "lora.r",
+        "num_virtual_tokens": "prompt.num_virtual_tokens",
+        "max_length": "data.max_length",
+    }
+    given = [(keys.get(k, k), str(value)) for k, value in options.items() if value is not None]
+    run = load_settings(TrainConfig, path=None, overrides=given).value
+    result = make_plan(model, config=run)
     _show(as_json, result.as_dict(), result.lines())
 
 
@@ -303,6 +303,78 @@ def chat(model: str, **options: Any) -> None:
         answer = generator.answers([generator.prompt_ids(history)], _sampling(options))[0]
         history.append({"role": "assistant", "content": answer.text})
         click.echo(answer.text)
+
+
+@cli.command(
+    cls=_Lines,
+    examples="""
+    fourbit merge runs/orders -o merged
+    fourbit merge runs/orders -o merged --base original --dtype fp16 --json
+    fourbit merge ./adapter --model ./base -o merged
+    """,
+)
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--model", default=None, help="Where the base lies, if not where the run says.")
+@click.option(
+    "--base",
+    type=click.Choice(["auto", "dequantized", "original"]),
+    default="auto",
+    show_default=True,
+    help="Weights the adapter is added to; auto: those it was trained on.",
+)
+@click.option(
+    "--quant",
+    type=click.Choice(["nf4", "fp4"]),
+    default=None,
+    help="How the base of an adapter without its run was held.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="Of the output; auto: the base's 16-bit dtype, else bf16.",
+)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Size of one file.")
+@click.option("--proof-rows", type=click.IntRange(1, 4096), default=32, show_default=True,
+              help="Evaluation rows that both models answer.")  # fmt: skip
+@click.option("--no-proof", is_flag=True, help="Do not compare; the output is marked as unproven.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier merge in that folder.")
+@_JSON
+def merge(run: Path, output: Path, as_json: bool, **options: Any) -> None:
+    """Puts an adapter into its base's weights and proves that the result answers the same."""
+    from fourbit.merging import MergeOptions
+    from fourbit.merging import merge as run_merge
+    from fourbit.quantize import QuantConfig
+    from fourbit.training.progress import Reporter
+
+    kind = options.pop("quant")
+    chosen = MergeOptions(
+        quant=None if kind is None else QuantConfig(quant_type=kind),
+        proof=not options.pop("no_proof"),
+        **options,
+    )
+    result = run_merge(run, output, options=chosen, reporter=Reporter())
+    _show(as_json, result.as_dict(), result.lines())
+
+
+@cli.command(cls=_Lines, examples="fourbit export runs/orders --to gguf -o orders.gguf")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN_OR_ADAPTER")
+@click.option("--to", type=click.Choice(["gguf"]), required=True, help="Format of the file.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New file.")
+@click.option("--model", default=None, help="Where the base lies, if not where the run says.")
+@click.option("--overwrite", is_flag=True, help="Replace the file.")
+@_JSON
+def export(
+    run: Path, to: str, output: Path, model: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Writes the adapter alone for other programs: a GGUF LoRA for llama.cpp."""
+    from fourbit.exporting import export_gguf
+
+    assert to == "gguf"
+    result = export_gguf(run, output, model=model, overwrite=overwrite)
+    _show(as_json, result.as_dict(), result.lines())
 
 
 @cli.command(cls=_Lines, examples="fourbit inspect smollm2")

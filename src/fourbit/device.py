@@ -149,6 +149,13 @@ def host_memory() -> tuple[int, int]:
     return total, 0
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes free on ``device``; of the host for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return host_memory()[1]
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Starts a new peak measurement; on a CPU that is the kernel's high-water mark."""
     if device.type == "cuda":

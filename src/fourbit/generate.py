@@ -18,6 +18,7 @@ from fourbit import device as devices
 from fourbit.data import ChatTemplate, render, resolve_template
 from fourbit.errors import InputError, ModelError
 from fourbit.integrations.peft import base_model
+from fourbit.integrations.prompts import generation_inputs, prompted, require_prompt_fits
 from fourbit.linear import keep_dequantized
 from fourbit.loading import LoadOptions, load_model, load_tokenizer
 from fourbit.quantize import QuantConfig
@@ -173,12 +174,14 @@ class Generator:
         )
         if sampling.temperature > 0:
             settings.temperature, settings.top_p = sampling.temperature, sampling.top_p
-        output = self.model.generate(  # type: ignore[operator]  # a transformers model
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-        )
-        return [self._until_stop(row[width:].tolist()) for row in output]
+        ids, mask = ids.to(device), mask.to(device)
+        model, inputs, skipped = self.model, {"input_ids": ids, "attention_mask": mask}, width
+        wrapper = prompted(self.model)
+        if wrapper is not None:
+            # Given embeddings, transformers returns the new tokens alone.
+            model, inputs, skipped = base_model(wrapper), generation_inputs(wrapper, ids, mask), 0
+        output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        return [self._until_stop(row[skipped:].tolist()) for row in output]
 
     def _until_stop(self, ids: list[int]) -> list[int]:
         for place, token in enumerate(ids):
@@ -278,7 +281,9 @@ def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between PEFT and transformers
-            return PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+            adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+            require_prompt_fits(adapted)
+            return adapted
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         message = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ModelError(

@@ -21,7 +21,19 @@ _SCALES_8BIT = (".SCB", ".weight_format")
 _MAX_STATE = 1 << 20
 _LARGEST = 5
 _ADAPTER_FILE, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_ADAPTER_FACTS = ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "target_modules")
+_ADAPTER_FACTS = (
+    "base_model_name_or_path",
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "num_virtual_tokens",
+    "token_dim",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "encoder_reparameterization_type",
+    "encoder_hidden_size",
+)
 _PLAIN_GGUF = frozenset({"F64", "F32", "F16", "BF16", "I8", "I16", "I32", "I64"})
 
 

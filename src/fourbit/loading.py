@@ -215,7 +215,7 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         config.quantization_config = stored
     keywords: dict[str, Any] = {
         "config": config,
-        "dtype": dtype if quant is None or stored else _stored_dtype(source),
+        "dtype": dtype if quant is None or stored else stored_dtype(source),
         "device_map": {"": device},
         "trust_remote_code": options.trust_remote_code,
         "output_loading_info": True,
@@ -244,8 +244,8 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     return model.eval()
 
 
-def _stored_dtype(source: ModelSource) -> torch.dtype:
-    """The dtype most weights have on disk.
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype most weights have on disk; float32 for GGUF, which is expanded to it.
 
     Weights are quantized from it, never from a copy cast to the run's precision: the base's 4-bit
     bytes are then the same on a machine with bf16 and on one without.

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from fourbit import device as devices
 from fourbit.errors import InputError
 from fourbit.integrations.peft import add_adapter, base_model
+from fourbit.integrations.prompts import add_prompt, prompted, with_prompt
 from fourbit.integrations.transformers import (
     disable_checkpointing,
     enable_checkpointing,
@@ -28,9 +29,9 @@ from fourbit.integrations.transformers import (
 )
 from fourbit.linear import parameter_counts
 from fourbit.lora import LoraSettings
+from fourbit.methods import Method, quantized_base, trains_prompt
+from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
-
-Method = Literal["qlora", "lora", "full", "prompt_tuning", "p_tuning"]
 
 _LOGIT_CHUNK_BYTES = 64 << 20
 _RESERVE = 0.9
@@ -39,7 +40,7 @@ _RESERVE = 0.9
 
 @dataclass(frozen=True)
 class TrainingShape:
-    """What decides a run's memory."""
+    """What decides a run's memory; ``length`` is that of the text, without virtual tokens."""
 
     method: Method
     quant: QuantConfig
@@ -48,6 +49,13 @@ class TrainingShape:
     batch_size: int
     length: int
     checkpointing: Literal["auto", "none", "all"] = "auto"
+    prompt: PromptSettings = PromptSettings()
+
+    @property
+    def positions(self) -> int:
+        """Positions of a sequence, virtual tokens included."""
+        extra = self.prompt.num_virtual_tokens if trains_prompt(self.method) else 0
+        return self.length + extra
 
 
 @dataclass(frozen=True)
@@ -162,9 +170,12 @@ def _skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
     model: nn.Module = base
     if not full:
         base.requires_grad_(False)
-        if shape.method == "qlora":
+        if quantized_base(shape.method):
             quantize_model(base, shape.quant)
-        model = _adapted(base, shape.lora)
+        if trains_prompt(shape.method):
+            model = add_prompt(base, shape.prompt, method=shape.method)
+        else:
+            model = _adapted(base, shape.lora)
     return model.train()
 
 
@@ -199,6 +210,9 @@ def _pretend(model: nn.Module) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        if isinstance(module, nn.LSTM):
+            # it keeps its weights in a list of its own
+            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -211,19 +225,25 @@ def _activations(model: nn.Module, shape: TrainingShape, *, recompute: bool) -> 
     if recompute:
         enable_checkpointing(inner)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    ids = torch.zeros((shape.batch_size, shape.length), dtype=torch.long)
-    autocast = shape.dtype != torch.float32 and shape.method != "qlora"
+    autocast = shape.dtype != torch.float32 and not quantized_base(shape.method)
     with _counting(own) as kept, torch.autocast("cpu", shape.dtype, enabled=autocast):
-        inner.base_model(input_ids=ids, use_cache=False)
+        _forward(model, shape)
     saved = sum(kept.values())
     if recompute:
         # While one block is recomputed, everything it keeps is alive as well.
         layers = getattr(inner.config.get_text_config(), "num_hidden_layers", 1)
         disable_checkpointing(inner)
         with _counting(own) as whole, torch.autocast("cpu", shape.dtype, enabled=autocast):
-            inner.base_model(input_ids=ids, use_cache=False)
+            _forward(model, shape)
         saved += sum(whole.values()) // max(layers, 1)
     return saved
+
+
+def _forward(model: nn.Module, shape: TrainingShape) -> None:
+    ids = torch.zeros((shape.batch_size, shape.length), dtype=torch.long)
+    wrapper = prompted(model)
+    inputs = {"input_ids": ids} if wrapper is None else {"inputs_embeds": with_prompt(wrapper, ids)}
+    base_model(model).base_model(**inputs, use_cache=False)
 
 
 @contextmanager
@@ -245,7 +265,7 @@ def _counting(own: set[int]) -> Iterator[dict[int, int]]:
 def _logits(config: PretrainedConfig, shape: TrainingShape) -> int:
     """The chunk of logits, and the gradient of the head's input at every supervised position."""
     text = config.get_text_config()
-    rows = shape.batch_size * shape.length
+    rows = shape.batch_size * shape.positions
     chunk = min(_LOGIT_CHUNK_BYTES, rows * text.vocab_size * 4)
     element = torch.finfo(shape.dtype).bits // 8
     return 2 * chunk + 2 * rows * text.hidden_size * element
@@ -259,8 +279,8 @@ def _workspace(model: nn.Module, shape: TrainingShape) -> int:
     # The head is multiplied in chunks and not dequantized; the widest block layer decides.
     widths = sorted((m.in_features + m.out_features for m in linears), reverse=True)
     inner = [w for w in widths if w < 8 * widths[-1]] or widths
-    weight = largest * element if shape.method == "qlora" else 0
-    return weight + 4 * shape.batch_size * shape.length * max(inner, default=0) * element
+    weight = largest * element if quantized_base(shape.method) else 0
+    return weight + 4 * shape.batch_size * shape.positions * max(inner, default=0) * element
 
 
 def _baseline(device: torch.device) -> int:

@@ -27,6 +27,7 @@ from fourbit.integrations.peft import (
     saved_modules,
     trained_token_count,
 )
+from fourbit.integrations.prompts import prompt_count, prompt_state, prompted
 from fourbit.linear import parameter_counts
 
 START = ".lora_start_"
@@ -129,9 +130,10 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
     Names are those of the plain model, without PEFT's wrapping, so that a base loaded again
     without adapters gives the same table.
     """
-    tensors = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    persistent = model.state_dict(keep_vars=True).keys()
-    tensors |= {name: b for name, b in model.named_buffers() if name in persistent}
+    inner = _model_of(model)
+    tensors = {name: p for name, p in inner.named_parameters() if not p.requires_grad}
+    persistent = inner.state_dict(keep_vars=True).keys()
+    tensors |= {name: b for name, b in inner.named_buffers() if name in persistent}
     return {
         plain_name(name): tensor_digest(tensor)
         for name, tensor in tensors.items()
@@ -140,12 +142,18 @@ def frozen_digests(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _model_of(model: nn.Module) -> nn.Module:
+    """What holds the frozen weights: a learned prompt stands beside the model, not inside it."""
+    wrapper = prompted(model)
+    return model if wrapper is None else wrapper.get_base_model()
+
+
 def packed_digest(model: nn.Module) -> str:
     """One SHA-256 over the packed weights and scales of a 4-bit model, in any precision."""
     return combined_digest(
         {
             plain_name(name): tensor_digest(parameter)
-            for name, parameter in model.named_parameters()
+            for name, parameter in _model_of(model).named_parameters()
             if not parameter.is_floating_point()
         }
     )
@@ -163,10 +171,12 @@ def _is_second(name: str) -> bool:
 def adapter_count(model: nn.Module) -> int:
     """Trainable parameters by formula: r * (in + out) for each adapter, plus what is saved whole.
 
+    A learned prompt has one row of the embedding's width per virtual token, plus its encoder.
+
     Computed from ranks and layer shapes, not from the tensors, so that a stray trainable tensor
     cannot hide in it.
     """
-    count = 0
+    count = prompt_count(model) or 0
     for layer in lora_layers(model).values():
         in_features, out_features = layer.in_features or 0, layer.out_features or 0
         if isinstance(layer, LoraExperts):
@@ -392,13 +402,15 @@ class Watch:
     def _check_count(self, receipt: Receipt) -> None:
         actual, total = parameter_counts(self.model)
         receipt.facts.update(trainable_parameters=actual, parameters=total)
-        if not lora_layers(self.model):
+        learned = prompt_count(self.model) is not None
+        if not learned and not lora_layers(self.model):
             receipt.add("trainable_count", actual > 0, f"{actual:,} of {total:,}, no adapters")
             return
         expected = adapter_count(self.model)
-        detail = f"{actual:,} of {total:,}, as r and the layer shapes give"
+        rule = "the prompt's settings give" if learned else "r and the layer shapes give"
+        detail = f"{actual:,} of {total:,}, as {rule}"
         if actual != expected:
-            detail = f"{actual:,} trainable, but r and the layer shapes give {expected:,}"
+            detail = f"{actual:,} trainable, but {rule} {expected:,}"
         receipt.add("trainable_count", actual == expected, detail)
 
     def _check_movement(self, receipt: Receipt) -> None:
@@ -471,7 +483,9 @@ def compare_saved(
         saved |= load_file(path)
     if isinstance(model, PeftModel):
         # embeddings would be looked up on the hub; what we train is saved by name
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state = prompt_state(model)
+        if state is None:
+            state = get_peft_model_state_dict(model, save_embedding_layers=False)
         complete = state.keys() == saved.keys()
     else:
         state = {name: p for name, p in model.named_parameters() if p.requires_grad}

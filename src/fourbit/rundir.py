@@ -64,7 +64,7 @@ class RunDir:
             LockHeld: another process is writing to it.
             EnvironmentFault: the disk refused.
         """
-        _check_path(path)
+        check_path(path)
         if resume and overwrite:
             raise InputError(
                 "conflicting-flags",
@@ -265,7 +265,12 @@ class RunDir:
         sync_folder(self.path)
 
 
-def _check_path(path: Path) -> None:
+def check_path(path: Path) -> None:
+    """Refuses a path that no file system takes, or that would disguise a line of output.
+
+    Raises:
+        InputError: control characters, not UTF-8, or too long.
+    """
     text = str(path)
     what = ""
     if any(ord(char) < 32 or 0x7F <= ord(char) < 0xA0 or "\ud800" <= char <= "\udfff"

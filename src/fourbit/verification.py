@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from fourbit import checkpoint, files
 from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
+from fourbit.integrations.prompts import PROMPT_KEY
 from fourbit.loading import LoadOptions, load_model
 from fourbit.lora import rank_by_pattern
+from fourbit.methods import quantized_base, trains_prompt
 from fourbit.receipt import START, Receipt, combined_digest, frozen_digests, read_receipt
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
 from fourbit.sources import resolve_source
+from fourbit.training import prompt_checks
 from fourbit.training.adapter import ADAPTER_FILE, SAVE_DTYPES
 from fourbit.training.config import TrainConfig
 
@@ -76,6 +79,12 @@ def _check_adapter(receipt: Receipt, run: RunDir, config: TrainConfig, stored: R
     receipt.add(*_tensor_check(tensors, config))
     if config.method == "full":
         return
+    if trains_prompt(config.method):
+        if PROMPT_KEY in tensors:
+            recorded = stored.facts.get("trainable_parameters")
+            check = prompt_checks.count_check
+            receipt.add(*check(run.adapter_dir, tensors[PROMPT_KEY], config, recorded))
+        return
     _check_count(receipt, run.adapter_dir, tensors, stored)
 
 
@@ -90,6 +99,8 @@ def _tensor_check(tensors: dict[str, torch.Tensor], config: TrainConfig) -> tupl
     other = [n for n, t in tensors.items() if t.is_floating_point() and t.dtype != wanted]
     if other:
         return "adapter_tensors", False, f"{other[0]} is not {config.save_dtype}"
+    if trains_prompt(config.method):
+        return prompt_checks.tensor_check(tensors, config)
     return "adapter_tensors", True, f"{len(tensors)} finite tensors, every lora_B moved"
 
 
@@ -144,18 +155,27 @@ def _check_checkpoints(receipt: Receipt, run: RunDir, config: TrainConfig) -> No
         return
     saved = checkpoint.load(path)
     adapter = _adapter_tensors(run.adapter_dir)
-    wanted = SAVE_DTYPES[config.save_dtype]
-    own = saved.tensors[ADAPTER_FILE]
-    differing = [
-        name
-        for name, t in own.items()
-        if name not in adapter or not t.to(wanted).equal(adapter[name])
-    ]
+    differing = _difference(saved.tensors[ADAPTER_FILE], adapter, config)
     detail = f"equal to checkpoint {path.name}"
-    if differing:
-        detail = f"differs from checkpoint {path.name} at {differing[0]}"
-    receipt.add("adapter_equals_checkpoint", not differing, detail)
+    if differing is not None:
+        detail = f"differs from checkpoint {path.name} at {differing}"
+    receipt.add("adapter_equals_checkpoint", differing is None, detail)
     _check_owner(receipt, saved, config)
+
+
+def _difference(
+    trained: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], config: TrainConfig
+) -> str | None:
+    """The first tensor of the adapter that is not the checkpoint's."""
+    if trains_prompt(config.method):
+        return prompt_checks.checkpoint_difference(trained, adapter.get(PROMPT_KEY), config)
+    wanted = SAVE_DTYPES[config.save_dtype]
+    differing = (
+        name
+        for name, t in trained.items()
+        if name not in adapter or not t.to(wanted).equal(adapter[name])
+    )
+    return next(differing, None)
 
 
 def _check_owner(receipt: Receipt, saved: checkpoint.Checkpoint, config: TrainConfig) -> None:
@@ -167,7 +187,9 @@ def _check_owner(receipt: Receipt, saved: checkpoint.Checkpoint, config: TrainCo
     }
     count = sum(START not in name for name in saved.tensors[ADAPTER_FILE])
     ok = len(names) == count
-    if config.method != "full" and not config.lora.modules_to_save:
+    if trains_prompt(config.method):
+        ok = ok and all(name.startswith("prompt_encoder.") for name in names)
+    elif config.method != "full" and not config.lora.modules_to_save:
         ok = ok and all(".lora_" in name for name in names)
     detail = f"its state covers exactly the {count} trained tensors"
     if not ok:
@@ -216,7 +238,7 @@ def _check_base(receipt: Receipt, config: TrainConfig, stored: Receipt) -> None:
             config.model, revision=stored.facts.get("base_revision") or config.revision
         )
         options = LoadOptions(
-            quant=config.quant if config.method == "qlora" else None,
+            quant=config.quant if quantized_base(config.method) else None,
             dtype=devices.resolve_precision(config.precision, device),
             trust_remote_code=config.trust_remote_code,
         )

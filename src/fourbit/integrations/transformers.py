@@ -265,14 +265,14 @@ class FourbitQuantizer(HfQuantizer):
         if self.quantization_config.failures:
             raise self.quantization_config.failures[0]
         layers = [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear)]
-        missing = [name for name in layers if f"{name}." not in self.loaded]
+        missing = [f"{name}.weight" for name in layers if f"{name}." not in self.loaded]
         if not self.pre_quantized:
             missing += [name for name in self.experts if name not in self.loaded]
         if missing:
             raise ModelError(
                 "missing-weights",
                 where=str(model.config.name_or_path or type(model).__name__),
-                what=f"{len(missing)} tensors are missing, first those of {missing[0]}",
+                what=f"{len(missing)} tensors are missing, first: {missing[0]}",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
         self._keep_conversions(model)
@@ -539,6 +539,21 @@ def install() -> None:
 
     setattr(num_parameters, _MARK, True)
     PreTrainedModel.num_parameters = num_parameters
+
+
+def converts_weights(model: PreTrainedModel) -> bool:
+    """Whether transformers computes the model's weights from other tensors of the checkpoint.
+
+    It stacks the experts of most mixture-of-experts models, for one; names that only change
+    do not count.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+    except ImportError:  # transformers before this mapping loads every tensor as it is
+        return False
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return any(isinstance(step, WeightConverter) for step in found)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:

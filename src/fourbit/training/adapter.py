@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from fourbit import files
 from fourbit.errors import ModelError, VerificationFailed
 from fourbit.integrations.peft import add_adapter, lora_layers, planned_targets
+from fourbit.integrations.prompts import prompt_state, prompted
 from fourbit.lora import LoraSettings
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -53,9 +54,14 @@ def inject(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base: s
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors a checkpoint must hold, under PEFT's file names where PEFT is used."""
-    if isinstance(model, PeftModel):
+    if _kept_by_peft(model):
         return get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _kept_by_peft(model: nn.Module) -> bool:
+    """Whether PEFT's file holds all that is trained; of P-tuning it holds only the result."""
+    return isinstance(model, PeftModel) and prompted(model) is None
 
 
 @torch.no_grad()
@@ -75,7 +81,7 @@ def restore_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             what=f"{len(wrong)} tensors do not fit the model, first: {wrong[0]}",
             fix="resume with the configuration the run began with",
         )
-    if isinstance(model, PeftModel):
+    if _kept_by_peft(model):
         set_peft_model_state_dict(model, dict(state))
         return
     for name, tensor in own.items():
@@ -104,9 +110,8 @@ def save_adapter(model: nn.Module, folder: Path, *, save_dtype: torch.dtype, car
 
 
 def _write_peft(model: PeftModel, folder: Path, save_dtype: torch.dtype) -> None:
-    state = {
-        n: t.detach().to("cpu", save_dtype).contiguous() for n, t in trainable_state(model).items()
-    }
+    kept = prompt_state(model) or trainable_state(model)
+    state = {n: t.detach().to("cpu", save_dtype).contiguous() for n, t in kept.items()}
     save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fourbit import __version__
+from fourbit.methods import quantized_base
 from fourbit.sources import ModelSource
 from fourbit.training.config import TrainConfig
 
@@ -27,7 +28,7 @@ def model_card(config: TrainConfig, source: ModelSource, facts: Mapping[str, Any
     base = f"`{source.name}`" + (f" at revision `{source.revision}`" if source.revision else "")
     stored = "16/32-bit weights"
     quant = ""
-    if config.method == "qlora":
+    if quantized_base(config.method):
         q = config.quant
         stored = f"{q.quant_type}, blocksize {q.blocksize}, double_quant {q.double_quant}"
         quant = (
@@ -41,8 +42,7 @@ def model_card(config: TrainConfig, source: ModelSource, facts: Mapping[str, Any
             f" {facts['eval_loss_after']:.4f} after\n"
         )
     what = "Model" if config.method == "full" else "Adapter"
-    lora = config.lora
-    adapter = "" if config.method == "full" else f"- r {lora.r}, lora_alpha {lora.lora_alpha:g}\n"
+    adapter = _adapter_line(config)
     return (
         f"---\n{header}\n---\n# {what} trained with fourbit {__version__}\n\n"
         f"- base: {base}\n- base held as: {stored}\n- method: {config.method}\n{adapter}"
@@ -50,3 +50,16 @@ def model_card(config: TrainConfig, source: ModelSource, facts: Mapping[str, Any
         + ("" if config.method == "full" else _LOAD.format(base=repr(source.name), quant=quant))
         + "\n"
     )
+
+
+def _adapter_line(config: TrainConfig) -> str:
+    if config.method == "full":
+        return ""
+    prompt = config.prompt
+    if config.method == "prompt_tuning":
+        start = prompt.prompt_tuning_init
+        return f"- {prompt.num_virtual_tokens} virtual tokens, started from {start}\n"
+    if config.method == "p_tuning":
+        network = prompt.encoder_reparameterization_type
+        return f"- {prompt.num_virtual_tokens} virtual tokens, made by an {network} not kept here\n"
+    return f"- r {config.lora.r}, lora_alpha {config.lora.lora_alpha:g}\n"

@@ -10,7 +10,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from fourbit.data.config import DataConfig
 from fourbit.device import Precision
 from fourbit.lora import LoraSettings
+from fourbit.methods import READ_BY, Method, trains_prompt
 from fourbit.optim import OptimConfig
+from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 from fourbit.settings import Settings
 
@@ -24,8 +26,6 @@ SHORT_FORMS = {
     "skip_bad_lines": "data.skip_bad_lines",
 }
 """Command-line short forms: ``--data F`` means ``--data.train F``."""
-
-Method = Literal["qlora", "lora", "full", "prompt_tuning", "p_tuning"]
 
 
 def _lower(value: object) -> object:
@@ -42,11 +42,14 @@ class TrainConfig(Settings):
     )
     output: str = Field(default="runs/run", min_length=1, description="run directory")
     method: Method = Field(
-        default="qlora", description="qlora: 4-bit base; lora: 16/32-bit base; full"
+        default="qlora",
+        description="qlora: 4-bit base; lora: 16/32-bit base; full; prompt_tuning, p_tuning:"
+        " virtual tokens before a 4-bit base",
     )
     data: DataConfig = DataConfig()
     quant: QuantConfig = QuantConfig()
     lora: LoraSettings = LoraSettings()
+    prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()
     batch_size: int = Field(default=4, ge=1, le=65536, description="sequences in a micro-batch")
     grad_accum: int = Field(default=4, ge=1, le=65536, description="micro-batches in a step")
@@ -95,13 +98,6 @@ class TrainConfig(Settings):
         default="never", description="never, auto (newest checkpoint that verifies) or a step"
     )
 
-    @field_validator("method")
-    @classmethod
-    def _built_methods(cls, value: str) -> str:
-        if value in ("prompt_tuning", "p_tuning"):
-            raise ValueError(f"method {value} is not built yet; use qlora, lora or full")
-        return value
-
     @field_validator("parallel")
     @classmethod
     def _single_process(cls, value: str) -> str:
@@ -115,6 +111,30 @@ class TrainConfig(Settings):
         if value not in ("never", "auto") and not re.fullmatch(r"\d+", value):
             raise ValueError(f"resume '{value}' is not never, auto or a step number")
         return value
+
+    @model_validator(mode="after")
+    def _settings_of_the_method(self) -> TrainConfig:
+        unread = [
+            f"{section}.{name}"
+            for section, methods in READ_BY.items()
+            if self.method not in methods
+            for name in _changed(getattr(self, section))
+        ]
+        if trains_prompt(self.method):
+            unread += [f"prompt.{name}" for name in self.prompt.unread(self.method)]
+        if unread:
+            raise ValueError(f"{', '.join(unread)}: not read by method {self.method}; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_are_not_packed(self) -> TrainConfig:
+        asked = self.data.packing and "packing" in self.data.model_fields_set
+        if asked and trains_prompt(self.method):
+            raise ValueError(
+                f"data.packing: true does not go with method {self.method}, whose prompt begins"
+                " every row; remove it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _needs_evaluation(self) -> TrainConfig:
@@ -131,3 +151,9 @@ class TrainConfig(Settings):
                 f"save_dtype {self.save_dtype} would round away what {start} learned: use fp32"
             )
         return self
+
+
+def _changed(section: Settings) -> list[str]:
+    """Settings that differ from their default: a written-out configuration names every one."""
+    fields = type(section).model_fields
+    return [name for name, info in fields.items() if getattr(section, name) != info.default]

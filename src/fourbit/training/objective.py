@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fourbit.data import Batch
 from fourbit.errors import InputError
 from fourbit.integrations.peft import base_model, head_weight
+from fourbit.integrations.prompts import prompt_length, prompted, with_prompt
 from fourbit.loss import (
     LogitTransform,
     linear_cross_entropy,
@@ -40,6 +42,7 @@ class Objective:
         self.base: PreTrainedModel = base_model(self.model)
         self._positions = "position_ids" in inspect.signature(self.base.forward).parameters
         self._transform = _logit_transform(self.base.config)
+        self._wrapper = prompted(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -51,8 +54,29 @@ class Objective:
         """Whether the architecture takes positions, from which the block mask is derived."""
         return self._positions
 
+    @contextmanager
+    def untouched(self) -> Iterator[nn.Module]:
+        """Inside, a learned prompt is left out; yields the model that answers so.
+
+        LoRA adapters start as no change at all, a prompt changes every answer before its first
+        step.
+        """
+        wrapper, self._wrapper = self._wrapper, None
+        try:
+            yield self.model if wrapper is None else self.base
+        finally:
+            self._wrapper = wrapper
+
+    @property
+    def _skipped(self) -> int:
+        """Leading positions of every output that belong to the prompt."""
+        return 0 if self._wrapper is None else prompt_length(self._wrapper)
+
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         ids = batch.input_ids.to(self.device)
+        if self._wrapper is not None:
+            # One document a row, padded at its end: nothing that counts sees the padding.
+            return {"inputs_embeds": with_prompt(self._wrapper, ids)}
         if self._positions:
             return {"input_ids": ids, "position_ids": batch.position_ids.to(self.device)}
         # Without positions there is one document a row, then padding: the ordinary mask.
@@ -69,15 +93,15 @@ class Objective:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def hidden(self, batch: Batch) -> Tensor:
-        """``[B, T, H]``: what the head is given."""
+        """``[B, T, H]``: what the head is given, at the positions of the text."""
         backbone = self.base.base_model
         with self.autocast():
-            return backbone(**self._inputs(batch), use_cache=False)[0]
+            return backbone(**self._inputs(batch), use_cache=False)[0][:, self._skipped :]
 
     def logits(self, batch: Batch) -> Tensor:
         """``[B, T, V]``, materialised."""
         with self.autocast():
-            return self.base(**self._inputs(batch), use_cache=False).logits
+            return self.base(**self._inputs(batch), use_cache=False).logits[:, self._skipped :]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of token losses over the supervised positions, float32 scalar."""

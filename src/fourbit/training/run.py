@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit import __version__, checkpoint, planner
 from fourbit import device as devices
@@ -29,6 +29,7 @@ from fourbit.loading import (
     stored_quantization,
     unquantized_tensors,
 )
+from fourbit.methods import quantized_base, trains_prompt
 from fourbit.optim import build_optimizer
 from fourbit.receipt import Receipt, Watch, read_receipt
 from fourbit.rundir import RunDir
@@ -48,6 +49,7 @@ from fourbit.training.config import TrainConfig
 from fourbit.training.loop import LoopState, StepResult, TrainLoop
 from fourbit.training.objective import Objective
 from fourbit.training.progress import Reporter
+from fourbit.training.prompts import inject_prompt, settle, text_context
 from fourbit.training.signals import SignalGuard
 from fourbit.training.tracking import Tracker, require_tracker
 
@@ -204,6 +206,7 @@ class _Run:
                 what="no training data given",
                 fix="--data FILE, or data: {train: FILE} in the configuration",
             )
+        self._settle()
         device = devices.default_device()
         self.dtype = devices.resolve_precision(self.config.precision, device)
         rows = read_rows(self.config.data)
@@ -212,9 +215,16 @@ class _Run:
         self.model_config = load_config(self.source, trust_remote_code=trust)
         self._adopt_stored_format()
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust)
+        self.context = text_context(self.config, self.model_config)
         self._cap_length()
         self._tokenize(rows)
         self._plan(device)
+
+    def _settle(self) -> None:
+        self.config, notes = settle(self.config)
+        for note in notes:
+            self.origins[note.key] = note.origin
+            self.say.line(note.line)
 
     def _adopt_stored_format(self) -> None:
         """A base that is quantized already keeps its bytes; only some methods can use it."""
@@ -237,7 +247,7 @@ class _Run:
 
     def _cap_length(self) -> None:
         """A default length above the model's context is no wish: it becomes the context."""
-        context = getattr(self.model_config.get_text_config(), "max_position_embeddings", None)
+        context = self.context
         asked = self.origins.get("data.max_length", "default") != "default"
         if asked or not context or self.config.data.max_length <= context:
             return
@@ -256,7 +266,7 @@ class _Run:
                 self.tokenizer,
                 seed=self.config.seed,
                 vocab_size=text_config.vocab_size,
-                context_length=getattr(text_config, "max_position_embeddings", None),
+                context_length=self.context,
                 progress=lambda done, _total: advance(done, ""),
             )
         for text in self.data.audit.lines():
@@ -285,6 +295,7 @@ class _Run:
                 batch_size=self.config.batch_size,
                 length=data.max_length if data.packing else longest,
                 checkpointing=self.config.gradient_checkpointing,
+                prompt=self.config.prompt,
             ),
             device=device,
         )
@@ -300,14 +311,14 @@ class _Run:
         began = time.perf_counter()
         full = config.method == "full"
         options = LoadOptions(
-            quant=config.quant if config.method == "qlora" else None,
+            quant=config.quant if quantized_base(config.method) else None,
             dtype=torch.float32 if full else self.dtype,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
         base = load_model(self.source, options)
         self.say.line(f"loaded in {time.perf_counter() - began:.1f} s")
-        if config.method == "qlora":
+        if quantized_base(config.method):
             for tensor in unquantized_tensors(base):
                 self.say.line(
                     f"not quantized: {tensor.name}, {human_bytes(tensor.bytes)}"
@@ -320,14 +331,21 @@ class _Run:
             self.model = base
         else:
             base.requires_grad_(False)
-            self.model = inject(base, config.lora, seed=config.seed, base=self.source.name)
+            self.model = self._injected(base)
         trainable, total = parameter_counts(self.model)
         self.say.line(f"trainable: {trainable:,} of {total:,} parameters")
         self._assemble()
 
+    def _injected(self, base: PreTrainedModel) -> nn.Module:
+        config = self.config
+        if trains_prompt(config.method):
+            return inject_prompt(base, config, self.tokenizer, base=self.source.name)
+        return inject(base, config.lora, seed=config.seed, base=self.source.name)
+
     def _assemble(self) -> None:
         config = self.config
-        mixed = config.method != "qlora" or _trains_outside_adapters(self.model)
+        quantized = quantized_base(config.method)
+        mixed = not quantized or _trains_outside_adapters(self.model)
         autocast = self.dtype if mixed and self.dtype != torch.float32 else None
         self.objective = Objective(self.model, autocast)
         batches = self._batches(self.data.train, seed=config.seed)
@@ -363,6 +381,8 @@ class _Run:
         settings = self.config.model_dump(mode="json")
         settings = {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE}
         settings.pop("data")  # its fingerprint covers contents and settings
+        if not trains_prompt(self.config.method):
+            settings.pop("prompt")  # runs of versions that had none can be resumed
         return {
             "settings": settings,
             "data": self.data.fingerprint,
@@ -442,10 +462,11 @@ class _Run:
 
     def before(self) -> None:
         """Evaluation loss and samples of the untouched model."""
-        self.loop.state.eval_loss_before = self._evaluate("evaluating the untouched model")
-        if self.loop.state.eval_loss_before is not None:
-            self._record({"step": 0, "eval_loss": self.loop.state.eval_loss_before})
-        self.loop.state.samples_before = self._samples("before")
+        with self.objective.untouched() as model:
+            self.loop.state.eval_loss_before = self._evaluate("evaluating the untouched model")
+            if self.loop.state.eval_loss_before is not None:
+                self._record({"step": 0, "eval_loss": self.loop.state.eval_loss_before})
+            self.loop.state.samples_before = self._samples("before", model)
 
     def _evaluate(self, title: str) -> float | None:
         if self.data.eval is None:
@@ -459,12 +480,12 @@ class _Run:
             self.say.line(f"evaluation loss {loss:.4f} ({self.data.eval.num_supervised:,} tokens)")
         return loss
 
-    def _samples(self, key: str) -> list[dict[str, str]]:
+    def _samples(self, key: str, model: nn.Module) -> list[dict[str, str]]:
         prompts = [p for e in self.data.eval_examples if (p := prompt_of(e)) is not None]
         prompts = prompts[: self.config.samples]
         if not prompts:
             return []
-        generator = Generator(self.model, self.tokenizer, self.data.template)
+        generator = Generator(model, self.tokenizer, self.data.template)
         ids = [generator.prompt_ids(p.messages) for p in prompts]
         with self.objective.autocast():
             answers = generator.answers(ids, Sampling(max_new_tokens=_SAMPLE_TOKENS))
@@ -567,7 +588,7 @@ class _Run:
                 self._take_best(state.best_step)
                 loss = state.best_eval
         self.eval_after = loss
-        after = self._samples("after")
+        after = self._samples("after", self.model)
         samples = [
             {**one, **two} for one, two in zip(state.samples_before, after, strict=False)
         ] or after
@@ -673,8 +694,9 @@ class _Run:
 
 
 def _trains_outside_adapters(model: nn.Module) -> bool:
-    """Whether something is trained that our fused operation does not cast by itself."""
+    """Whether something is trained whose result is not cast where it enters the model."""
     return any(
-        parameter.requires_grad and ".lora_A." not in name and ".lora_B." not in name
+        parameter.requires_grad
+        and not any(part in name for part in (".lora_A.", ".lora_B.", "prompt_encoder."))
         for name, parameter in model.named_parameters()
     )
