@@ -17,8 +17,15 @@ from torch import Tensor
 
 import oracles
 from fourbit import codebook, ops
+from fourbit.linear import Linear8bit, QuantizedLinear
 from fourbit.ops.reference import scales_float32
-from fourbit.quantize import dequantize_4bit, quantize_4bit
+from fourbit.quantize import (
+    QuantConfig,
+    dequantize_4bit,
+    dequantize_int8,
+    quantize_4bit,
+    quantize_int8,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -27,6 +34,7 @@ with warnings.catch_warnings():
     bnb: Any = pytest.importorskip(
         "bitsandbytes.functional", reason="bitsandbytes is not installed"
     )
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
 
 SHAPES = [(1,), (2,), (63,), (64,), (65,), (129,), (33, 65), (7, 5, 3), (256, 64), (640, 129)]
 
@@ -206,3 +214,118 @@ def test_int4_is_ours_alone() -> None:
     state.quant_type = "int4"
     with pytest.raises(ValueError, match="got 'int4'"):
         bnb.dequantize_4bit(packed, state)
+
+
+# INT8.
+
+MATRICES = [(1, 1), (3, 7), (64, 64), (33, 65), (9, 2500), (5, 1), (1, 300)]
+
+
+@pytest.mark.parametrize("dtype", oracles.FLOATS, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_int8_codes_scales_and_values(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = weights(shape, dtype)
+    weight[shape[0] // 2] = 0 if shape[0] > 2 else 1
+    codes, absmax = quantize_int8(weight)
+    their_codes, their_absmax, _ = bnb.int8_vectorwise_quant(weight.half())
+    assert torch.equal(codes, their_codes)
+    assert torch.equal(absmax, their_absmax)
+    restored = bnb.int8_vectorwise_dequant(their_codes, their_absmax)
+    assert torch.equal(dequantize_int8(codes, absmax, dtype=torch.float32), restored)
+
+
+def both_int8(shape: tuple[int, int], threshold: float) -> tuple[Linear8bit, Any]:
+    weight, bias = weights((shape[1], shape[0]), torch.float32), weights((shape[1],), torch.float32)
+    linear = torch.nn.Linear(*shape)
+    linear.weight.data, linear.bias.data = weight, bias
+    quant = QuantConfig(quant_type="int8", llm_int8_threshold=threshold)
+    ours = QuantizedLinear.from_linear(linear.requires_grad_(False), quant)
+    assert isinstance(ours, Linear8bit)
+    theirs = Linear8bitLt(*shape, has_fp16_weights=False, threshold=threshold)
+    theirs.weight = Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
+    theirs.bias.data = bias.clone()
+    return ours, theirs.to("cpu").requires_grad_(False).eval()
+
+
+INT8_FLOAT32 = 3e-5
+"""Of the largest output: their plain kernel's 6.200124e-05 is 1.8e-5 more than 1 / 127²."""
+
+INT8_FLOAT16 = 2e-3
+"""Of the largest output: theirs rounds to float16 before the outliers are added, and after."""
+
+
+def assert_near(ours: Tensor, wanted: Tensor, share: float) -> None:
+    assert ours.dtype == wanted.dtype
+    assert bool(((ours - wanted).abs() <= share * wanted.abs().max()).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("shape", [(64, 64), (65, 33), (4, 5), (900, 3)], ids=str)
+def test_int8_forward(shape: tuple[int, int], threshold: float, dtype: torch.dtype) -> None:
+    ours, their_layer = both_int8(shape, threshold)
+    ours.to(dtype)
+    for rows in ((1,), (7,), (2, 5)):
+        x = torch.randn(*rows, shape[0])
+        x[..., 0] = 8.5
+        x.view(-1, shape[0])[0, -1] = -6.0  # on the threshold: an outlier
+        x = x.to(dtype)
+        share = INT8_FLOAT32 if dtype is torch.float32 else INT8_FLOAT16
+        assert_near(ours(x), their_layer(x.clone()), share)
+
+
+def test_int8_training_on_cpu_quantizes_activations_unlike_theirs() -> None:
+    ours, their_layer = both_int8((64, 33), 0.0)
+    x = torch.randn(7, 64)
+    plain = torch.nn.functional.linear(x, ours.dequantize(), ours.bias)
+    assert_near(their_layer.train()(x.clone()), plain, 1e-5)
+    assert_near(ours.train()(x), their_layer.eval()(x.clone()), INT8_FLOAT32)
+    assert not torch.allclose(ours(x), plain, rtol=1e-4)
+
+
+def test_int8_constant_of_their_plain_kernel_is_not_one_over_127_squared() -> None:
+    one = torch.ones(1, 1)
+    product = torch.tensor([[16129]], dtype=torch.int32)
+    theirs = torch.ops.bitsandbytes.int8_mm_dequant(product, one[0], one[0], dtype=torch.float32)
+    ours = ops.linear_int8(one, torch.tensor([[127]], dtype=torch.int8), one[0], None, threshold=0)
+    assert ours.item() == pytest.approx(1, abs=2e-7)
+    assert theirs.item() - 1 == pytest.approx(1.8e-5, abs=1e-6)
+
+
+def test_int8_float32_product_is_exact_where_theirs_may_round() -> None:
+    # their plain CPU path sums in float32, which holds 1,040 products of 127 * 127
+    ours, _ = both_int8((4099, 2), 0.0)
+    codes = torch.full((2, 4099), 127, dtype=torch.int8)
+    codes[1, -1] = 126
+    ones = torch.full((2,), 127.0)
+    ours.bias = None
+    ours.replace_({"weight": codes, "weight_absmax": ones.view(torch.int32)})
+    sums = ours(torch.full((1, 4099), 127.0)) / 127
+    assert [round(v) for v in sums[0].tolist()] == [127 * 4099, 127 * 4099 - 1]
+
+
+def test_int8_gradient() -> None:
+    ours, their_layer = both_int8((64, 33), 6.0)
+    grads = []
+    grad = torch.randn(7, 33)
+    for module in (ours, their_layer):
+        x = weights((7, 64), torch.float32).mul(100).requires_grad_()
+        grads.append(torch.autograd.grad(module(x), x, grad)[0])
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_int8_with_fp16_weights(threshold: float) -> None:
+    weight = weights((33, 64), torch.float32)
+    their_layer = Linear8bitLt(64, 33, bias=False, has_fp16_weights=True, threshold=threshold)
+    their_layer.requires_grad_(False).weight.data = weight.clone()
+    with torch.device("meta"):
+        empty = torch.nn.Linear(64, 33, bias=False)
+    quant = QuantConfig(quant_type="int8", llm_int8_threshold=threshold)
+    ours = QuantizedLinear.from_linear(empty, quant)
+    assert isinstance(ours, Linear8bit)
+    ours.keep_fp16_weight_()
+    ours.replace_(ours.quantized(weight, name="w"))
+    x = torch.randn(7, 64)
+    x[3, 5] = 9
+    assert_near(ours(x), their_layer.eval()(x.clone()), INT8_FLOAT32)

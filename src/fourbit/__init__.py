@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fourbit.data.config import DataConfig as DataConfig
     from fourbit.errors import FourbitError as FourbitError
     from fourbit.exporting import export_gguf as export_gguf
+    from fourbit.integrations.takeover import take_over_bitsandbytes as take_over_bitsandbytes
     from fourbit.integrations.trainer import ReceiptCallback as ReceiptCallback
     from fourbit.integrations.transformers import FourbitConfig as FourbitConfig
     from fourbit.integrations.transformers import quantize_model as quantize_model
@@ -70,6 +71,7 @@ _HOMES = {
     "quantize_absmax": "fourbit.absmax",
     "quantize_int8": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
+    "take_over_bitsandbytes": "fourbit.integrations.takeover",
     "train": "fourbit.training.run",
     "verify": "fourbit.api",
     "watch": "fourbit.receipt",
@@ -104,6 +106,7 @@ __all__ = [
     "quantize_absmax",
     "quantize_int8",
     "quantize_model",
+    "take_over_bitsandbytes",
     "train",
     "verify",
     "watch",

@@ -38,10 +38,10 @@ STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 """What ``bnb_4bit_quant_storage`` may be: the dtype the packed bytes are written as."""
 
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_MAP_TOLERANCE = (
-    1e-6  # between tables of bitsandbytes' versions; neighbouring values differ by 5e-3
-)
+_MAP_TOLERANCE = 1e-6
+"""Between tables of bitsandbytes' versions; neighbouring values differ by 5e-3."""
 _MAX_STATE = 4096
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
 _ROW_FORMAT = 0
 _STATE_KEYS = {"quant_type", "blocksize", "dtype", "shape"}
 _NESTED_KEYS = {"nested_blocksize", "nested_dtype", "nested_offset"}
@@ -127,9 +127,12 @@ def decode_state(text: bytes, *, quant_type: str, name: str) -> StoredState:
 def _nested_offset(facts: dict[str, Any], name: str) -> float:
     if facts["nested_blocksize"] != codebook.NESTED_BLOCKSIZE:
         raise _bad(name, f"nested_blocksize {facts['nested_blocksize']!r} is not 256")
+    if facts["nested_dtype"] != "float32":
+        raise _bad(name, f"nested_dtype {facts['nested_dtype']!r} is not float32")
     offset = facts["nested_offset"]
-    if type(offset) not in (int, float) or not math.isfinite(offset):
-        raise _bad(name, f"nested_offset {offset!r} is no finite number")
+    if type(offset) not in (int, float) or not abs(offset) <= _MAX_FLOAT32:
+        shown = repr(offset)[:40]
+        raise _bad(name, f"nested_offset {shown} is no finite number of float32")
     return float(offset)
 
 
@@ -214,22 +217,32 @@ def _read_int8(layer: Linear8bit, stored: Mapping[str, Tensor], name: str) -> di
     _only(stored, NAMES_8BIT, name)
     weight, scales = _need(stored, "weight", name), stored.get("SCB")
     shape = (layer.out_features, layer.in_features)
-    if layer.weight_absmax is None or (scales is None and weight.is_floating_point()):
+    if layer.weight_absmax is None:
         if not weight.is_floating_point() or tuple(weight.shape) != shape:
             raise _bad(name, f"{_kind(weight)} where {list(shape)} in 16 bits was expected")
         return {"weight": weight}
+    if scales is None and weight.is_floating_point():
+        what = "no SCB beside it, though config.json calls the checkpoint quantized"
+        raise _bad(name, what, "use the config.json that belongs to the weights")
     scales = _need(stored, "SCB", name)
-    layout = stored.get("weight_format")
-    if layout is not None and int(layout) != _ROW_FORMAT:
+    _row_layout(stored.get("weight_format"), name)
+    _expect(weight, torch.int8, shape, name)
+    _expect(scales, torch.float32, (layer.out_features,), f"{_module(name)}.SCB")
+    _finite(scales, f"{_module(name)}.SCB")
+    return as_bits({"weight": weight, "weight_absmax": scales})
+
+
+def _row_layout(layout: Tensor | None, name: str) -> None:
+    if layout is None:
+        return
+    if layout.numel() != 1 or layout.is_floating_point():
+        raise _bad(f"{_module(name)}.weight_format", f"{_kind(layout)}, expected uint8 []")
+    if int(layout) != _ROW_FORMAT:
         raise _bad(
             name,
             f"weight_format {int(layout)} is an old GPU layout",
             "load and save it again with bitsandbytes 0.45 or later",
         )
-    _expect(weight, torch.int8, shape, name)
-    _expect(scales, torch.float32, (layer.out_features,), f"{_module(name)}.SCB")
-    _finite(scales, f"{_module(name)}.SCB")
-    return as_bits({"weight": weight, "weight_absmax": scales})
 
 
 def _read_4bit(layer: Linear4bit, stored: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -240,7 +253,10 @@ def _read_4bit(layer: Linear4bit, stored: Mapping[str, Tensor], name: str) -> di
         raise _bad(name, what, "use the config.json that belongs to the weights")
     if len(states) > 1:
         raise _bad(name, f"{len(states)} quant_state tensors, one was expected")
-    text = bytes(stored[states[0]].to(torch.uint8).cpu().numpy())
+    held = stored[states[0]]
+    if held.dtype != torch.uint8 or held.dim() != 1:
+        raise _bad(name, f"its quant_state is {_kind(held)}, expected uint8 text")
+    text = bytes(held.cpu().numpy())
     state = decode_state(text, quant_type=states[0].removeprefix(STATE_PREFIX), name=name)
     shape = (layer.out_features, layer.in_features)
     if state.shape != shape:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
@@ -21,10 +22,20 @@ from fourbit.integrations.peft import base_model
 from fourbit.integrations.prompts import generation_inputs, prompted, require_prompt_fits
 from fourbit.linear import keep_dequantized
 from fourbit.loading import LoadOptions, load_model, load_tokenizer
-from fourbit.quantize import QuantConfig
+from fourbit.quantize import QuantConfig, check_finite
 from fourbit.receipt import packed_digest
-from fourbit.sources import resolve_source
+from fourbit.sources import check_safetensors, resolve_source
 
+_ADAPTER_FAULTS = (
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OSError,
+    SafetensorError,
+)
+"""What PEFT raises for an adapter's files."""
 _BATCH_TOKENS = 16384
 """Positions (prompt and new) of one batch: bounds the KV cache."""
 
@@ -278,20 +289,51 @@ def open_generator(
 
 
 def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    header = check_safetensors(folder / "adapter_model.safetensors")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations between PEFT and transformers
-            adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
-            require_prompt_fits(adapted)
-            return adapted
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+            wrapped = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+            require_prompt_fits(wrapped)
+    except _ADAPTER_FAULTS as error:
         message = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ModelError(
-            "adapter-mismatch",
-            where=str(folder),
-            what=f"the adapter does not fit this model: {message.strip()}",
-            fix="give the base model it was trained on",
+        raise _adapter_mismatch(
+            folder, f"the adapter does not fit this model: {message.strip()}"
         ) from error
+    _require_whole_adapter(wrapped, header.keys() - {"__metadata__"}, folder)
+    return wrapped
+
+
+def _require_whole_adapter(model: PeftModel, stored: Set[str], folder: Path) -> None:
+    """PEFT leaves what a file lacks at its random start, and what it does not know out."""
+    # by default PEFT would ask the hub for the vocabulary of the base that the adapter names
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    base = base_model(model)
+    ends = (base.get_input_embeddings(), base.get_output_embeddings())
+    stored = stored - {f"{n}.weight" for n, m in model.named_modules() if m in ends}
+    for kind, names in (("lacks", wanted.keys() - stored), ("knows", stored - wanted.keys())):
+        if names:
+            first = ", ".join(sorted(names)[:5])
+            what = (
+                f"{len(names)} tensors of the adapter are missing: {first}"
+                if kind == "lacks"
+                else f"{len(names)} tensors belong to no layer that carries it: {first}"
+            )
+            raise _adapter_mismatch(folder, what)
+    for name, tensor in wanted.items():
+        check_finite(tensor, name=f"{folder.name}/adapter_model.safetensors {name}")
+    zeros = [not tensor.any() for name, tensor in wanted.items() if "lora_B" in name]
+    if zeros and all(zeros):
+        warnings.warn(f"{folder}: the adapter changes nothing, every lora_B is zero", stacklevel=2)
+
+
+def _adapter_mismatch(folder: Path, what: str) -> ModelError:
+    return ModelError(
+        "adapter-mismatch",
+        where=str(folder),
+        what=what,
+        fix="give the base model it was trained on",
+    )
 
 
 def _require_same_base(model: nn.Module, folder: Path, name: str) -> None:

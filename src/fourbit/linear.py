@@ -382,6 +382,24 @@ def keep_dequantized(model: nn.Module, dtype: torch.dtype, *, budget: int) -> It
             layer._kept = None
 
 
+@contextmanager
+def row_by_row(model: nn.Module) -> Iterator[None]:
+    """Inside, INT8 layers treat each row of activations on its own.
+
+    Otherwise a large value in one row has its column multiplied in 16 bits for all rows of the
+    batch, which changes the others by a rounding.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear8bit)]
+    before = [layer.threshold for layer in layers]
+    try:
+        for layer in layers:
+            layer.threshold = 0.0
+        yield
+    finally:
+        for layer, threshold in zip(layers, before, strict=True):
+            layer.threshold = threshold
+
+
 def _frozen(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str | None
 ) -> nn.Parameter:

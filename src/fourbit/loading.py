@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ _LIBRARY_FAULTS = (
     SafetensorError,
 )
 """What a library raises for files that contradict each other."""
+_WIDE = {"F64": torch.float64}
 _STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -101,8 +103,9 @@ def _quantization_of(raw: dict[str, Any], name: str) -> FourbitConfig | None:
     try:
         return FourbitConfig.from_quant(QuantConfig(), compute_dtype=None).of_checkpoint(stored)
     except InputError as error:
+        key = error.where.replace("FourbitConfig", "quantization_config")
         raise ModelError(
-            "bad-config-json", where=where, what=f"quantization_config: {error.what}"
+            "bad-config-json", where=where, what=f"{key}: {error.what}", fix=error.fix
         ) from error
 
 
@@ -205,10 +208,12 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     dtype = options.dtype or devices.resolve_precision("auto", device)
     config = load_config(source, trust_remote_code=options.trust_remote_code)
     check_index(source.path)
+    stored = _raw_config(source).get("quantization_config")
     for path in source.weight_files():
         if path.suffix == ".safetensors":
-            check_safetensors(path)
-    stored = _raw_config(source).get("quantization_config")
+            header = check_safetensors(path)
+            if not stored:
+                _require_plain(path, header)
     quant = options.quant
     if stored:
         quant = quant or QuantConfig()
@@ -242,6 +247,19 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         _cast_unquantized(model, dtype)
     devices.release_memory()
     return model.eval()
+
+
+def _require_plain(path: Path, header: dict[str, Any]) -> None:
+    """Integer codes would load as if they were the weights' values."""
+    for name, entry in header.items():
+        if name.endswith(".weight") and entry["dtype"] not in _STORED | _WIDE:
+            raise ModelError(
+                "quantized-without-config",
+                where=str(path),
+                what=f"{name} is stored as {entry['dtype']}, but config.json has no"
+                " quantization_config",
+                fix="use the config.json that belongs to the weights",
+            )
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:

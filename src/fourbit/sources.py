@@ -23,6 +23,7 @@ _HUB_DUPLICATES = ["consolidated*.safetensors", "*/*.safetensors"]
 """The same weights again in a vendor's own layout."""
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100 << 20
+_MAX_TENSORS = 200_000
 _ELEMENT_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 
 
@@ -190,6 +191,8 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise _damaged(path, f"the header is no valid JSON object ({error})") from error
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if len(tensors) > _MAX_TENSORS:
+        raise _damaged(path, f"{len(tensors)} tensors in one file, more than {_MAX_TENSORS}")
     expected = 8 + length + _data_bytes(path, tensors)
     if size != expected:
         raise _damaged(path, f"{size} bytes, expected {expected}")

@@ -24,6 +24,8 @@ from fourbit.linear import Linear4bit
 from fourbit.quantize import QuantConfig, dequantize_4bit, quantize_4bit
 from models import linears, plain_twin, tiny_model
 
+EIGHT = FourbitConfig(load_in_8bit=True)
+
 
 def from_folder(folder, **keywords):
     return AutoModelForCausalLM.from_pretrained(
@@ -214,6 +216,81 @@ def test_device_maps(device_map, model_folder):
     )
     with torch.no_grad():
         assert model(torch.ones((1, 4), dtype=torch.long).to(model.device)).logits.isfinite().all()
+
+
+def test_a_device_map_layer_by_layer(model_folder):
+    plain = {"": "cpu"}
+    layers = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+    }
+    ids = torch.arange(9)[None]
+    logits = []
+    for device_map in (plain, layers):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder("llama"),
+            dtype=torch.float32,
+            device_map=device_map,
+            quantization_config=FourbitConfig(load_in_8bit=True),
+        )
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
+def test_modules_on_the_cpu_stay_plain_on_request(model_folder):
+    names = {"model.layers.1.mlp": "cpu", "": "cpu"}
+    for asked, kind in ((True, nn.Linear), (False, Linear4bit)):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder("llama"),
+            device_map=names,
+            quantization_config=FourbitConfig(llm_int8_enable_fp32_cpu_offload=asked),
+        )
+        assert type(model.model.layers[1].mlp.up_proj) is kind
+        assert type(model.model.layers[0].mlp.up_proj) is Linear4bit
+
+
+@pytest.mark.parametrize(
+    "device_map", ["auto", "balanced", "sequential", {"model": 0, "lm_head": 1}], ids=str
+)
+def test_several_processes_refuse_a_map_that_spreads(device_map, model_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError) as caught:
+        AutoModelForCausalLM.from_pretrained(
+            model_folder("llama"), device_map=device_map, quantization_config=FourbitConfig()
+        )
+    assert caught.value.line() == (
+        "error[device-map-in-processes] device_map: 2 processes, and a device_map that spreads"
+        " the model: each process would take every device; fix: one process, one device:"
+        " device_map={'': local_rank}"
+    )
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_several_processes_take_a_map_of_one_device(world, model_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder("llama"), device_map={"": "cpu"}, quantization_config=FourbitConfig()
+    )
+    assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+
+
+def test_prepare_model_for_kbit_training_knows_the_model(model_folder):
+    from peft import prepare_model_for_kbit_training
+
+    for config, flag in ((FourbitConfig(), "is_loaded_in_4bit"), (EIGHT, "is_loaded_in_8bit")):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_folder("llama"), dtype=torch.bfloat16, quantization_config=config
+        )
+        assert getattr(model, flag)
+        prepared = prepare_model_for_kbit_training(model)
+        assert prepared.model.layers[0].gradient_checkpointing
+        floating = {p.dtype for p in prepared.parameters() if p.is_floating_point()}
+        assert floating == {torch.float32}
 
 
 def test_the_number_of_parameters_is_the_truth(model_folder):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fourbit import ops
-from fourbit.linear import Linear4bit
+from fourbit.linear import Linear4bit, QuantizedLinear
 from fourbit.lora import lora_forward
 from fourbit.ops import schema
 from fourbit.quantize import QuantConfig
@@ -108,10 +108,51 @@ def test_opcheck_dropout_mask(device: torch.device) -> None:
     torch.library.opcheck(torch.ops.fourbit.dropout_mask, (x, torch.tensor([3]), 0.5))
 
 
+@pytest.mark.parametrize("shape", [(N, K), (1, 1), (0, 3), (3, 0)])
+def test_opcheck_int8_storage(device: torch.device, shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, device=device)
+    torch.library.opcheck(torch.ops.fourbit.quantize_int8, (weight,))
+    codes, absmax = ops.quantize_int8(weight)
+    for scales in (absmax, absmax.view(torch.int32)):
+        arguments = (codes, scales, torch.bfloat16)
+        torch.library.opcheck(torch.ops.fourbit.dequantize_int8, arguments)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+@pytest.mark.parametrize("fp16_weight", [False, True])
+def test_opcheck_int8_linear(device: torch.device, threshold: float, fp16_weight: bool) -> None:
+    weight: Tensor = torch.randn(N, K, device=device)
+    absmax = None
+    if fp16_weight:
+        weight.requires_grad_()
+    else:
+        weight, absmax = ops.quantize_int8(weight)
+    bias = torch.randn(N, device=device, requires_grad=True)
+    for x in (
+        torch.randn(3, 5, K, device=device, requires_grad=True),
+        torch.randn(K, device=device, requires_grad=True),
+        torch.randn(0, K, device=device, requires_grad=True),
+        torch.randn(5, 3, K, device=device).transpose(0, 1).requires_grad_(),
+        torch.randn(4, K, device=device, dtype=torch.bfloat16, requires_grad=True),
+    ):
+        for given in (None, bias):
+            arguments = (x, weight, absmax, given, threshold)
+            torch.library.opcheck(torch.ops.fourbit.linear_int8, arguments)
+
+
+def test_int8_compiles_whole_and_gives_the_same(device: torch.device) -> None:
+    linear = torch.nn.Linear(K, N, device=device).requires_grad_(False)
+    base = QuantizedLinear.from_linear(linear, QuantConfig(quant_type="int8"))
+    x = torch.randn(3, K, device=device) * 4
+    compiled = torch.compile(base, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), base(x))
+
+
 def test_every_op_is_checked_here() -> None:
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fourbit::")}
     checked = ("quantize_4bit", "quantize_absmax", "dequantize_4bit", "dropout_mask")
-    assert names == {f"fourbit::{n}" for n in (*checked, "linear_4bit", "lora_linear_4bit")}
+    int8 = ("quantize_int8", "dequantize_int8", "linear_int8")
+    assert names == {f"fourbit::{n}" for n in (*checked, *int8, "linear_4bit", "lora_linear_4bit")}
 
 
 def test_shapes_beyond_32_bit_indices_need_no_memory() -> None:

@@ -333,9 +333,10 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _bad(name: str, value: Any, legal: str) -> InputError:
+    listed = ", " in legal and not legal.startswith("one of ")
     return InputError(
         "bad-value",
         where=f"FourbitConfig.{name}",
-        what=f"{value!r} is none of: {legal}" if ", " in legal else f"{value!r} is not {legal}",
+        what=f"{value!r} is none of: {legal}" if listed else f"{value!r} is not {legal}",
         fix=f"use {legal}",
     )

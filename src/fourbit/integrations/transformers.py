@@ -275,6 +275,9 @@ class FourbitQuantizer(HfQuantizer):
                 what=f"{len(missing)} tensors are missing, first: {missing[0]}",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
+        # by these PEFT and Trainer know a quantized model
+        model.is_loaded_in_4bit = self.quantization_config.load_in_4bit  # type: ignore[assignment]
+        model.is_loaded_in_8bit = self.quantization_config.load_in_8bit  # type: ignore[assignment]
         self._keep_conversions(model)
         return model
 
@@ -514,6 +517,8 @@ def quantize_model(
     base.config.quantization_config = config
     base.is_quantized = True  # type: ignore[assignment]
     base.quantization_method = METHOD  # type: ignore[assignment]
+    base.is_loaded_in_4bit = config.load_in_4bit  # type: ignore[assignment]
+    base.is_loaded_in_8bit = config.load_in_8bit  # type: ignore[assignment]
     return replaced
 
 

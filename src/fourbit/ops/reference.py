@@ -177,9 +177,12 @@ def linear_int8(
         # a large value takes no part in its row's scale, its column none in the int8 product
         halves = halves.masked_fill(large, 0.0)
     x_codes, x_scales = _int8_rows(halves)
+    # float16's range is clamped to, but an Inf must not come out as a number
+    x_scales.masked_fill_(flat.isinf().any(dim=1), torch.nan)
     if outliers is not None:
         x_codes[:, outliers] = 0
-    y = _int8_product(x_codes, codes).float()
+    with _no_autocast(x):
+        y = _int8_product(x_codes, codes).float()
     y.mul_(x_scales[:, None] * scales).mul_(_PER_CODE * _PER_CODE)
     if outliers is not None and outliers.numel():
         columns = dequantize_int8(codes[:, outliers], scales, x.dtype)
