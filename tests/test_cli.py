@@ -105,7 +105,7 @@ def test_unknown_key_names_the_nearest(call, tmp_path):
         (["inspect", "nowhere"], 3, "nowhere"),
         (["plan", "nowhere"], 3, "nowhere"),
         (["doctor", "--jsn"], 2, "--json"),
-        (["export"], 2, "No such command"),
+        (["serve"], 2, "No such command"),
     ],
 )
 def test_mistakes_end_in_one_line(call, tmp_path, monkeypatch, words, code, part):

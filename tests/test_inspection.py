@@ -67,6 +67,8 @@ def test_a_plain_folder(tmp_path):
         "bytes": 128,
         "quant_type": None,
         "bits_per_weight": 8 * 128 / 60,
+        "quantized_bits_per_weight": None,
+        "quantized_bytes": None,
         "dtypes": {"BF16": {"count": 2, "bytes": 112}, "F32": {"count": 1, "bytes": 16}},
         "largest": None,
         "shards": 1,
@@ -98,6 +100,17 @@ def test_packed_weights_count_unpacked_and_their_scales_not(tmp_path, quant_type
     first = found.largest[0]
     assert (first.name, first.shape, first.quant_type) == ("a.weight", (3, 43), quant_type)
     assert first.bytes == size - 6
+    state = len(tensors[f"a.weight.quant_state.bitsandbytes__{quant_type}"])
+    assert found.parts == {
+        "codes": 65,
+        "scales": 3 if double else 12,
+        "nested": 4 if double else 0,
+        "tables": 64 + (1024 if double else 0),
+        "states": state,
+    }
+    assert sum(found.parts.values()) == first.bytes
+    assert found.quantized_bits_per_weight == 8 * first.bytes / (3 * 43)
+    assert any(line.startswith("  codes 65 B, scales ") for line in found.lines())
 
 
 def test_a_real_bitsandbytes_state_is_read(tmp_path):
@@ -125,6 +138,7 @@ def test_int8_is_told_from_plain_integers(tmp_path):
         "a.weight": (8 * 4 + 32 + 1, "int8"),
         "b.weight": (5, None),
     }
+    assert found.parts == {"codes": 32, "scales": 32, "nested": 0, "tables": 0, "states": 1}
 
 
 def test_a_name_that_looks_like_a_scale_is_a_weight(tmp_path):

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from fourbit.quantize import dequantize_int8 as dequantize_int8
     from fourbit.quantize import quantize_4bit as quantize_4bit
     from fourbit.quantize import quantize_int8 as quantize_int8
+    from fourbit.quantizing import QuantizeOptions as QuantizeOptions
+    from fourbit.quantizing import quantize_checkpoint as quantize_checkpoint
     from fourbit.receipt import Receipt as Receipt
     from fourbit.receipt import watch as watch
     from fourbit.training.config import TrainConfig as TrainConfig
@@ -56,6 +58,7 @@ _HOMES = {
     "PromptSettings": "fourbit.prompts",
     "QuantConfig": "fourbit.quantize",
     "QuantState": "fourbit.quantize",
+    "QuantizeOptions": "fourbit.quantizing",
     "Receipt": "fourbit.receipt",
     "ReceiptCallback": "fourbit.integrations.trainer",
     "TrainConfig": "fourbit.training.config",
@@ -69,6 +72,7 @@ _HOMES = {
     "plan": "fourbit.api",
     "quantize_4bit": "fourbit.quantize",
     "quantize_absmax": "fourbit.absmax",
+    "quantize_checkpoint": "fourbit.quantizing",
     "quantize_int8": "fourbit.quantize",
     "quantize_model": "fourbit.integrations.transformers",
     "take_over_bitsandbytes": "fourbit.integrations.takeover",
@@ -91,6 +95,7 @@ __all__ = [
     "PromptSettings",
     "QuantConfig",
     "QuantState",
+    "QuantizeOptions",
     "Receipt",
     "ReceiptCallback",
     "TrainConfig",
@@ -104,6 +109,7 @@ __all__ = [
     "plan",
     "quantize_4bit",
     "quantize_absmax",
+    "quantize_checkpoint",
     "quantize_int8",
     "quantize_model",
     "take_over_bitsandbytes",

@@ -37,6 +37,9 @@ NAMES_8BIT = ("weight", "SCB", "weight_format")
 STORAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 """What ``bnb_4bit_quant_storage`` may be: the dtype the packed bytes are written as."""
 
+MAX_OFFSET_DIGITS = 24
+"""Characters of the longest nested_offset in a quant_state, such as -1.1754943508222875e-38."""
+
 _FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MAP_TOLERANCE = 1e-6
 """Between tables of bitsandbytes' versions; neighbouring values differ by 5e-3."""
@@ -139,6 +142,9 @@ def _nested_offset(facts: dict[str, Any], name: str) -> float:
 def to_disk(layer: QuantizedLinear) -> dict[str, Tensor]:
     """The tensors of ``layer``, bias apart, under bitsandbytes' names without the layer's prefix.
 
+    Of a layer on meta they have the shapes and dtypes of what will be written; only the length of
+    the quant_state depends on the weights: it is at most `MAX_OFFSET_DIGITS` longer.
+
     Raises:
         ModelError: a data type the format does not have, or a storage dtype whose elements the
             packed bytes do not fill.
@@ -179,7 +185,8 @@ def to_disk(layer: QuantizedLinear) -> dict[str, Tensor]:
     if layer.weight_nested_absmax is not None and layer.weight_nested_offset is not None:
         tensors["weight.nested_absmax"] = layer.weight_nested_absmax.detach().view(torch.float32)
         tensors["weight.nested_quant_map"] = codebook.signed_dynamic_map(device).clone()
-        offset = float(layer.weight_nested_offset.detach().view(torch.float32)[0])
+        value = layer.weight_nested_offset.detach().view(torch.float32)
+        offset = 0.0 if value.is_meta else float(value[0])
     state = StoredState(
         layer.quant_type,
         layer.blocksize,

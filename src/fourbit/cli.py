@@ -377,15 +377,95 @@ def export(
     _show(as_json, result.as_dict(), result.lines())
 
 
-@cli.command(cls=_Lines, examples="fourbit inspect smollm2")
+@cli.command(
+    cls=_Lines,
+    examples="""
+    fourbit quantize ./my-model -o my-model-4bit
+    fourbit quantize org/model -o model-int8 --quant int8 --skip score --json
+    """,
+)
 @click.argument("model")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to create."
+)
+@click.option(
+    "--quant", type=click.Choice(["nf4", "fp4", "int8"]), default="nf4", show_default=True
+)
+@click.option("--blocksize", type=int, default=None, help="Weights that share a scale. [64]")
+@click.option("--no-double-quant", is_flag=True, help="Keep the scales in float32.")
+@click.option(
+    "--storage",
+    type=click.Choice(["uint8", "bfloat16", "float16", "float32"]),
+    default="uint8",
+    show_default=True,
+    help="Dtype as which packed bytes are declared.",
+)
+@click.option("--skip", multiple=True, metavar="NAME", help="Also leave this module plain.")
+@click.option("--max-shard-size", default="2GB", show_default=True, help="Of the largest file.")
+@click.option("--allow-unquantized", is_flag=True, help="Accept much that stays in 16 bits.")
+@click.option("--overwrite", is_flag=True, help="Replace a model in the output folder.")
+@click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 @_JSON
-def inspect(model: str, as_json: bool) -> None:
+def quantize(  # noqa: PLR0913  # one parameter for each option
+    model: str,
+    output: Path,
+    quant: str,
+    blocksize: int | None,
+    no_double_quant: bool,
+    storage: str,
+    skip: tuple[str, ...],
+    max_shard_size: str,
+    allow_unquantized: bool,
+    overwrite: bool,
+    revision: str | None,
+    as_json: bool,
+) -> None:
+    """Writes a quantized copy of MODEL, one tensor in memory at a time."""
+    from fourbit.quantizing import QuantizeOptions, quantize_checkpoint
+    from fourbit.quantizing.options import quant_config
+    from fourbit.training.progress import Reporter
+
+    options = QuantizeOptions(
+        quant=quant_config(
+            quant_type=quant,
+            blocksize=blocksize,
+            double_quant=False if no_double_quant else None,
+            allow_unquantized=allow_unquantized,
+        ),
+        storage=storage,
+        skip=skip,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        revision=revision,
+    )
+    result = quantize_checkpoint(model, output, options=options, reporter=Reporter())
+    _show(as_json, result.as_dict(), result.lines())
+
+
+@cli.command(
+    cls=_Lines,
+    examples="""
+    fourbit inspect smollm2
+    fourbit inspect my-model-4bit --error ./my-model
+    """,
+)
+@click.argument("model")
+@click.option(
+    "--error", "original", metavar="ORIGINAL", help="Also the error against this 16-bit model."
+)
+@_JSON
+def inspect(model: str, original: str | None, as_json: bool) -> None:
     """Says what a model file or folder, or an adapter, holds."""
     from fourbit.inspection import inspect as look
 
     found = look(model)
-    _show(as_json, found.as_dict(), found.lines())
+    values, lines = found.as_dict(), found.lines()
+    if original is not None:
+        from fourbit.quantizing.compare import compare
+
+        error = compare(model, original)
+        values, lines = {**values, **error.as_dict()}, [*lines, *error.lines()]
+    _show(as_json, values, lines)
 
 
 @cli.command(cls=_Lines, examples="fourbit doctor")

@@ -87,6 +87,34 @@ def thresholds(quant_type: str, device: torch.device) -> Tensor:
     return ((values[:-1] + values[1:]) / 2).to(device)
 
 
+_BINS = 512  # on each side of zero: fine enough that no bin holds two thresholds
+
+
+@lru_cache(maxsize=64)
+def bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tables that find the code of a value by its bin, the same as a search in `thresholds`.
+
+    Returns:
+        The threshold inside each bin, float32 (infinite where there is none), and the codes at or
+        below it and above it, uint8 ``[2 * bins]``, one after the other.
+    """
+    bounds = thresholds(quant_type, torch.device("cpu"))
+    order = ascending_codes(quant_type, torch.device("cpu"))
+    places = bin_of(bounds)
+    assert places.unique().numel() == bounds.numel()
+    inside = torch.full((2 * _BINS + 1,), float("inf"))
+    inside[places] = bounds
+    rank = torch.searchsorted(places, torch.arange(2 * _BINS + 1, dtype=torch.int32))
+    above = (rank + 1).clamp(max=len(order) - 1)
+    codes = torch.stack((order[rank], order[above]), dim=1).reshape(-1)
+    return inside.to(device), codes.to(device)
+
+
+def bin_of(scaled: Tensor) -> Tensor:
+    """The bin, int32, of values in [-1, 1]; it never falls when a value rises."""
+    return (scaled + 1.0).mul_(_BINS).to(torch.int32).clamp_(0, 2 * _BINS)
+
+
 @lru_cache(maxsize=64)
 def byte_pairs(quant_type: str, device: torch.device) -> Tensor:
     """Both values of every packed byte, float32 ``[256, 2]``: high nibble first."""

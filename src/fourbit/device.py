@@ -7,9 +7,11 @@ import gc
 import os
 import platform
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -179,6 +181,48 @@ def peak_memory(device: torch.device) -> int | None:
 def resident_memory() -> int | None:
     """Resident bytes of this process now."""
     return _status_bytes("VmRSS")
+
+
+def private_memory() -> int | None:
+    """Bytes that belong to this process alone: mapped files, which it can give up, do not count."""
+    return _status_bytes("RssAnon")
+
+
+class PeakMemory:
+    """Inside ``with``, watches `private_memory` from a thread; the kernel keeps no such mark.
+
+    Attributes:
+        start: bytes at the beginning; None where the system does not say.
+        peak: highest so far, None likewise.
+    """
+
+    _SECONDS = 0.005
+
+    def __init__(self) -> None:
+        self.start = self.peak = private_memory()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        if self.start is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        if self.start is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak or 0, private_memory() or 0)
+            if self._done.wait(self._SECONDS):
+                return
 
 
 def _status_bytes(key: str) -> int | None:

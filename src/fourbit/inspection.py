@@ -18,6 +18,14 @@ from fourbit.sources import ModelSource, check_safetensors, resolve_source
 _STATE = ".quant_state.bitsandbytes__"
 _SCALES_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _SCALES_8BIT = (".SCB", ".weight_format")
+_PARTS = {
+    ".absmax": "scales",
+    ".SCB": "scales",
+    ".nested_absmax": "nested",
+    ".quant_map": "tables",
+    ".nested_quant_map": "tables",
+}
+"""What a tensor beside a packed weight counts as; any other one is a state."""
 _MAX_STATE = 1 << 20
 _LARGEST = 5
 _ADAPTER_FILE, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -78,6 +86,8 @@ class Inspection:
         shards: files that hold tensors.
         tied_embeddings: whether output and input embeddings share a weight; None for an adapter.
         adapter: base, kind, rank, alpha and targets of an adapter; None for a model.
+        parts: bytes of the quantized weights by kind: ``codes``, ``scales``, ``nested`` (scales of
+            the scales), ``tables`` (values of the codes), ``states``; None when it has none.
     """
 
     name: str
@@ -88,6 +98,7 @@ class Inspection:
     shards: int
     tied_embeddings: bool | None = None
     adapter: dict[str, Any] | None = None
+    parts: dict[str, int] | None = None
 
     @property
     def tensors(self) -> int:
@@ -108,6 +119,13 @@ class Inspection:
     def bits_per_weight(self) -> float:
         """Stored bits for each parameter; 0 without parameters."""
         return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+    @property
+    def quantized_bits_per_weight(self) -> float | None:
+        """Stored bits for each quantized parameter, scales and tables counted."""
+        held = sum(weight.parameters for weight in self.weights if weight.quant_type is not None)
+        stored = sum(weight.bytes for weight in self.weights if weight.quant_type is not None)
+        return 8 * stored / held if held else None
 
     @property
     def quant_type(self) -> str | None:
@@ -144,6 +162,8 @@ class Inspection:
             "bytes": self.bytes,
             "quant_type": self.quant_type,
             "bits_per_weight": self.bits_per_weight,
+            "quantized_bits_per_weight": self.quantized_bits_per_weight,
+            "quantized_bytes": self.parts,
             "dtypes": self.dtypes,
             "largest": [weight.as_dict() for weight in self.largest],
             "shards": self.shards,
@@ -161,6 +181,11 @@ class Inspection:
             f"size: {human_bytes(self.bytes)}, {self.bits_per_weight:.3f} bits per weight",
             f"quantized: {self.quant_type or 'no'}",
         ]
+        if self.quantized_bits_per_weight is not None:
+            lines[-1] += f", {self.quantized_bits_per_weight:.3f} bits per quantized weight"
+        if self.parts is not None:
+            sizes = (f"{part} {human_bytes(size)}" for part, size in self.parts.items() if size)
+            lines.append(f"  {', '.join(sizes)}")
         if self.tied_embeddings is not None:
             lines.append(f"tied embeddings: {'yes' if self.tied_embeddings else 'no'}")
         for key, value in (self.adapter or {}).items():
@@ -220,11 +245,13 @@ def _inspect_folder(source: ModelSource) -> Inspection:
     declared = config.get("architectures")
     architecture = declared[0] if isinstance(declared, list) and declared else None
     tied = config.get("tie_word_embeddings")
+    weights, parts = _weights(entries)
     return Inspection(
         name=source.name,
         kind="safetensors",
         architecture=architecture or config.get("model_type"),
-        weights=tuple(_weights(entries)),
+        weights=tuple(weights),
+        parts=parts,
         stored=tuple((entry.dtype, entry.size) for entry in entries.values()),
         shards=len(files),
         tied_embeddings=tied if isinstance(tied, bool) else "lm_head.weight" not in entries,
@@ -246,7 +273,7 @@ def _inspect_adapter(name: str, folder: Path) -> Inspection:
         name=name,
         kind="adapter",
         architecture=None,
-        weights=tuple(_weights(entries)),
+        weights=tuple(_weights(entries)[0]),
         stored=tuple((entry.dtype, entry.size) for entry in entries.values()),
         shards=1,
         adapter={key: config[key] for key in _ADAPTER_FACTS if config.get(key) is not None},
@@ -335,8 +362,11 @@ def _entries(files: Iterable[Path]) -> dict[str, _Entry]:
     return entries
 
 
-def _weights(entries: Mapping[str, _Entry]) -> list[Weight]:
-    """The weights behind the stored tensors: unpacked shapes, and scales joined to theirs."""
+def _weights(entries: Mapping[str, _Entry]) -> tuple[list[Weight], dict[str, int] | None]:
+    """The weights behind the stored tensors, and the bytes of the quantized ones by kind.
+
+    Weights have their unpacked shapes, and the bytes of their scales are joined to theirs.
+    """
     formats: dict[str, tuple[str, tuple[int, ...]]] = {}
     scales: dict[str, str] = {}
     for name, entry in entries.items():
@@ -351,12 +381,21 @@ def _weights(entries: Mapping[str, _Entry]) -> list[Weight]:
     sizes: Counter[str] = Counter()
     for name, entry in entries.items():
         sizes[scales.get(name, name)] += entry.size
-    return [
+    weights = [
         Weight(name, entry.dtype, shape, sizes[name], quant_type)
         for name, entry in entries.items()
         if name not in scales
         for quant_type, shape in [formats.get(name, (None, entry.shape))]
     ]
+    if not formats:
+        return weights, None
+    parts: dict[str, int] = dict.fromkeys(("codes", "scales", "nested", "tables", "states"), 0)
+    parts["codes"] = sum(entries[name].size for name in formats)
+    for name in scales.keys() & entries.keys():
+        weight = scales[name]
+        module = weight if name.startswith(f"{weight}.") else weight.removesuffix(".weight")
+        parts[_PARTS.get(name.removeprefix(module), "states")] += entries[name].size
+    return weights, parts
 
 
 def _packed_shape(packed: _Entry, state: _Entry, name: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from fourbit.settings import Settings
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_CHUNK = 1 << 20
 
 
 WeightType = Literal["nf4", "fp4", "int4", "int8"]
@@ -106,18 +107,26 @@ def check_finite(weight: Tensor, *, name: str) -> None:
     Raises:
         ModelError: naming the tensor, the first flat index and the count.
     """
-    # A sum is NaN or Inf whenever an element is; it costs one pass and no mask tensor.
-    if weight.numel() == 0 or torch.isfinite(weight.sum(dtype=torch.float64)):
+    # A sum is NaN or Inf whenever an element is; it costs one pass and no mask. In pieces, because
+    # a mapped tensor must not be copied as a whole.
+    flat = weight.reshape(-1)
+    size = _CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)
+    first, count = -1, 0
+    for start in range(0, flat.numel(), size):
+        part = flat[start : start + size]
+        if torch.isfinite(part.sum()):
+            continue
+        bad = torch.nonzero(~torch.isfinite(part))
+        if bad.numel():
+            first = start + int(bad[0]) if first < 0 else first
+            count += bad.numel()
+    if count == 0:
         return
-    bad = torch.nonzero(~torch.isfinite(weight.reshape(-1)))
-    if bad.numel() == 0:
-        return
-    index = int(bad[0])
     raise ModelError(
         "nonfinite-weight",
         where=name,
-        what=f"{weight.reshape(-1)[index].item()} at flat index {index}"
-        f" ({bad.numel()} non-finite of {weight.numel()} values)",
+        what=f"{flat[first].item()} at flat index {first}"
+        f" ({count} non-finite of {flat.numel()} values)",
         fix="use an undamaged copy of the checkpoint",
     )
 

@@ -258,6 +258,22 @@ def check_index(folder: Path) -> None:
             raise _bad_index(path, f"it names {name}, which is missing")
 
 
+def shard_files(source: ModelSource) -> list[Path]:
+    """The files a loader reads; some repositories hold a second copy under other names.
+
+    Raises:
+        ModelError: an index that is damaged or names missing files.
+    """
+    single, index = source.path / "model.safetensors", source.path / _INDEX
+    if source.kind == "gguf" or not (single.is_file() or index.is_file()):
+        return source.weight_files()
+    if single.is_file():
+        return [single]
+    check_index(source.path)
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [source.path / name for name in sorted(set(shards))]
+
+
 def _bad_index(path: Path, what: str) -> ModelError:
     return ModelError("bad-index", where=str(path), what=what, fix="download the model again")
 

@@ -15,6 +15,7 @@ from fourbit.errors import FourbitError, ModelError
 from fourbit.integrations import gguf as gguf_files
 from fourbit.linear import Linear4bit
 from fourbit.quantize import QuantConfig
+from fourbit.quantizing import quantize_checkpoint
 from models import plain_twin, tiny_model
 
 VOCAB = 259
@@ -248,3 +249,26 @@ def test_the_alias_smollm2_speaks():
     assert tokenizer.decode([best]).strip() == "Paris"
     assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 30 * 7
     assert model.num_parameters() == 134_515_008
+
+
+@pytest.mark.parametrize("kind", [F32, Q8], ids=lambda kind: kind.name)
+def test_a_quantized_copy_on_disk_equals_loading_quantized(kind, files, tmp_path):
+    quantize_checkpoint(str(files[kind]), tmp_path / "out")
+    loaded, _ = fourbit.load(str(files[kind]), quant=QuantConfig(), dtype=torch.float32)
+    again, tokenizer = fourbit.load(str(tmp_path / "out"), dtype=torch.float32)
+    state = again.state_dict()
+    assert state.keys() == loaded.state_dict().keys()
+    assert all(torch.equal(state[name], t) for name, t in loaded.state_dict().items())
+    assert tokenizer("hi", add_special_tokens=False).input_ids
+
+
+def test_pieces_are_the_whole_tensor(model, files, monkeypatch):
+    monkeypatch.setattr(gguf_files, "_PIECE", 200)
+    lazy = gguf_files.lazy_state_dict(files[Q8], model.config)
+    counts = set()
+    for name, tensor in lazy.items():
+        pieces = list(tensor.pieces())
+        counts.add(len(pieces))
+        assert torch.equal(torch.cat(pieces), tensor[...].reshape(-1)), name
+        assert len(pieces) == 1 or "q_proj" not in name, "permuted rows cannot come in pieces"
+    assert len(counts) > 1

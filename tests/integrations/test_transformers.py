@@ -282,11 +282,12 @@ def test_several_processes_take_a_map_of_one_device(world, model_folder, monkeyp
 def test_prepare_model_for_kbit_training_knows_the_model(model_folder):
     from peft import prepare_model_for_kbit_training
 
-    for config, flag in ((FourbitConfig(), "is_loaded_in_4bit"), (EIGHT, "is_loaded_in_8bit")):
+    for config in (FourbitConfig(), EIGHT):
         model = AutoModelForCausalLM.from_pretrained(
             model_folder("llama"), dtype=torch.bfloat16, quantization_config=config
         )
-        assert getattr(model, flag)
+        # with it accelerate and TRL would treat the layers as bitsandbytes'
+        assert not getattr(model, "is_loaded_in_4bit", False)
         prepared = prepare_model_for_kbit_training(model)
         assert prepared.model.layers[0].gradient_checkpointing
         floating = {p.dtype for p in prepared.parameters() if p.is_floating_point()}

@@ -8,9 +8,11 @@ whole dequantized model. The name map and tensor processors used here are its pr
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,9 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from fourbit.errors import ModelError
 
+_PIECE = 1 << 22
+"""Elements that are dequantized at once."""
+
 
 class LazyTensor:
     """One GGUF tensor under its transformers name; dequantized when it is indexed.
@@ -42,14 +47,36 @@ class LazyTensor:
         self.shape = tuple(reversed(tensor.shape.tolist()))
 
     def __getitem__(self, index: EllipsisType | slice) -> Tensor:
-        values = gguf.quants.dequantize(self._tensor.data, self._tensor.tensor_type)
+        processed = self._processed(self._values(slice(None)))
+        # what is mapped from the file must not be written to; what was dequantized is ours
+        return torch.from_numpy(processed if processed.flags.writeable else np.copy(processed))[
+            index
+        ]
+
+    def pieces(self) -> Iterator[Tensor]:
+        """The tensor in rows, flat and in order, without ever holding all of it where possible."""
+        probe = np.broadcast_to(np.float32(0), self.shape)
+        if len(self.shape) < 2 or self._processed(probe) is not probe:
+            yield self[...].reshape(-1)
+            return
+        rows = max(1, _PIECE // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], rows):
+            values = self._values(slice(start, start + rows))
+            yield torch.from_numpy(values if values.flags.writeable else np.copy(values)).reshape(
+                -1
+            )
+
+    def _values(self, rows: slice) -> np.ndarray:
+        return gguf.quants.dequantize(self._tensor.data[rows], self._tensor.tensor_type)
+
+    def _processed(self, values: np.ndarray) -> np.ndarray:
         processed = self._processor.process(
             weights=values,
             name=self._tensor.name,
             tensor_key_mapping={},
             parsed_parameters={"tensors": {}},
         )
-        return torch.from_numpy(np.copy(processed.weights))[index]
+        return processed.weights
 
 
 @lru_cache(maxsize=1)

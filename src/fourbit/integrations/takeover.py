@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 
 from fourbit.integrations.config import FourbitConfig
@@ -26,6 +26,15 @@ class _TakeOverQuantizer(FourbitQuantizer):
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
         super().__init__(FourbitConfig.from_bitsandbytes(quantization_config), **kwargs)
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        # a script may ask; TRL then casts adapters to bfloat16, as it would for bitsandbytes
+        model.is_loaded_in_4bit = self.quantization_config.load_in_4bit  # type: ignore[assignment]
+        model.is_loaded_in_8bit = self.quantization_config.load_in_8bit  # type: ignore[assignment]
+        return model
 
 
 def _of_checkpoint(stored: Mapping[str, Any]) -> FourbitConfig:

@@ -8,16 +8,17 @@ bitsandbytes with any other class of configuration.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
@@ -29,7 +30,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from fourbit import bnb_format
-from fourbit.errors import FourbitError, InputError, ModelError
+from fourbit.errors import FourbitError, InputError, ModelError, nearest
 from fourbit.experts import pack_stack
 from fourbit.integrations import peft as peft_hooks
 from fourbit.integrations.config import METHOD, FourbitConfig
@@ -88,11 +89,11 @@ class _Quantize(_Operation):
             module, own = get_module_from_name(model, name)
             try:
                 if isinstance(module, QuantizedLinear):
-                    result |= self._parameters(name, _packed(module, weight, name))
+                    result |= self._parameters(name, packed(module, weight, name=name))
                 else:
                     stack = expert_stacks(module)[own]
-                    packed = pack_stack(stack, weight, name=name)
-                    result |= {name + ending: _frozen(part) for ending, part in packed.items()}
+                    parts = pack_stack(stack, weight, name=name)
+                    result |= {name + ending: _frozen(part) for ending, part in parts.items()}
                     self.hf_quantizer.loaded.add(name)
             except FourbitError as error:
                 raise self._kept(error) from None
@@ -135,7 +136,12 @@ def _plain(stored: Mapping[str, Tensor], module: nn.Module, name: str, full: str
     return stored["weight"].to(waiting.dtype)
 
 
-def _packed(layer: QuantizedLinear, weight: Tensor, name: str) -> dict[str, Tensor]:
+def packed(layer: QuantizedLinear, weight: Tensor, *, name: str) -> dict[str, Tensor]:
+    """The parameters that represent a weight as it lies in a checkpoint, in this layer's format.
+
+    Raises:
+        ModelError: another shape than the layer's, or NaN or Inf.
+    """
     shape = (layer.out_features, layer.in_features)
     wanted = shape[::-1] if layer.transposed_source else shape
     if tuple(weight.shape) != wanted:
@@ -240,7 +246,7 @@ class FourbitQuantizer(HfQuantizer):
                 layer.weight = _frozen(waiting)
         if config.quantize_experts:
             self._declare_experts(model, skip)
-        if not config.allow_unquantized:
+        if not (config.allow_unquantized or self.pre_quantized):
             _refuse_mostly_plain(model)
         install()
         return model
@@ -275,9 +281,6 @@ class FourbitQuantizer(HfQuantizer):
                 what=f"{len(missing)} tensors are missing, first: {missing[0]}",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
-        # by these PEFT and Trainer know a quantized model
-        model.is_loaded_in_4bit = self.quantization_config.load_in_4bit  # type: ignore[assignment]
-        model.is_loaded_in_8bit = self.quantization_config.load_in_8bit  # type: ignore[assignment]
         self._keep_conversions(model)
         return model
 
@@ -460,6 +463,62 @@ def replace_linears(
     return replaced
 
 
+def quantized_layout(
+    config: PretrainedConfig, quantization: FourbitConfig, *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The model on meta as ``from_pretrained`` lays it out before weights arrive.
+
+    Args:
+        config: of a causal language model.
+        quantization: which layers are quantized, and how.
+        dtype: of the weights before they are quantized, and of those that are not.
+
+    Raises:
+        ModelError: nothing, or too little, would be quantized.
+    """
+    model = plain_layout(config, dtype=dtype)
+    skip = _skipped(model, quantization, None)
+    for name in replace_linears(
+        model, quantization.quant, compute_dtype=quantization.compute_dtype, skip=skip
+    ):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, QuantizedLinear)
+        _apply(quantization, layer)
+    if not quantization.allow_unquantized:
+        _refuse_mostly_plain(model)
+    return model
+
+
+def plain_layout(config: PretrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on meta: modules and shapes, no weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+
+
+def resolve_skips(model: PreTrainedModel, names: Sequence[str]) -> list[str] | None:
+    """``llm_int8_skip_modules`` that leaves ``names`` plain *besides* what is by default.
+
+    Raises:
+        InputError: a name that leaves no layer plain.
+    """
+    if not names:
+        return None
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    for name in names:
+        if all(should_convert_module(layer, [_as_regex(name)]) for layer in layers):
+            known = {layer.rsplit(".", 1)[-1] for layer in layers} | set(layers)
+            raise InputError(
+                "no-such-module",
+                where=f"--skip {name}",
+                what="names no linear layer of the model",
+                fix=nearest(name, known if len(known) < 40 else known - set(layers)),
+            )
+    default = HfQuantizer.get_modules_to_not_convert(model)
+    return list(dict.fromkeys([*sorted(default), *names]))
+
+
 def _kernel_weights(model: nn.Module) -> set[str]:
     """Layers whose weight is read past their forward: state-space mixers feed it to kernels."""
     return {
@@ -517,8 +576,6 @@ def quantize_model(
     base.config.quantization_config = config
     base.is_quantized = True  # type: ignore[assignment]
     base.quantization_method = METHOD  # type: ignore[assignment]
-    base.is_loaded_in_4bit = config.load_in_4bit  # type: ignore[assignment]
-    base.is_loaded_in_8bit = config.load_in_8bit  # type: ignore[assignment]
     return replaced
 
 
