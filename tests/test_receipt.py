@@ -110,3 +110,40 @@ def test_the_second_step_without_a_gradient_aborts_not_the_first():
     with pytest.raises(Exception, match="no-gradient"):
         optimizer.step()
     watch.stop()
+
+
+def test_steps_without_any_gradient_prove_nothing_and_do_not_abort():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = Watch(model, optimizer)
+    watch.start()
+    for step in range(4):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, float(step == 3))
+        optimizer.step()
+    assert watch.idle_steps == 3
+    checks = {c.name: c.ok for c in watch.finish(save_dtype=torch.float32).checks}
+    assert checks["gradients_reached"]
+
+
+def test_a_run_that_never_had_a_gradient_fails():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    watch = Watch(model, optimizer)
+    watch.start()
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    checks = {c.name: c.ok for c in watch.finish(save_dtype=torch.float32).checks}
+    assert not checks["gradients_reached"]
+
+
+def test_absent_gradients_are_no_idle_step():
+    model = nn.Linear(2, 2)
+    watch = Watch(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    watch.start()
+    watch.optimizer.step()
+    with pytest.raises(Exception, match="no-gradient"):
+        watch.optimizer.step()
+    watch.stop()

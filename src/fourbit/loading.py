@@ -240,6 +240,9 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         keywords["use_safetensors"] = True
     model, info = _from_pretrained(source, where, keywords)
     _require_complete(source, model, info)
+    if where is None:
+        # an adapter's files say by this name which base they belong to
+        model.name_or_path = model.config.name_or_path = source.name
     if quant is not None:
         _cast_unquantized(model, dtype)
     devices.release_memory()

@@ -21,11 +21,20 @@ from torch import Tensor, nn
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
 from fourbit.integrations.experts import LoraExperts
-from fourbit.integrations.peft import lora_layers, plain_name, saved_modules
+from fourbit.integrations.peft import (
+    lora_layers,
+    plain_name,
+    saved_modules,
+    trained_token_count,
+)
 from fourbit.integrations.prompts import prompt_count, prompt_state, prompted
 from fourbit.linear import parameter_counts
 
 START = ".lora_start_"
+_SECOND = (".lora_A.", ".lora_embedding_B.")
+"""The half of an adapter whose gradient is zero until the other half, which starts at 0, moved."""
+_PERHAPS = ".trainable_tokens_delta."
+"""Trained values of single tokens: no gradient before such a token occurs."""
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -155,6 +164,10 @@ def combined_digest(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(dict(sorted(digests.items()))).encode()).hexdigest()
 
 
+def _is_second(name: str) -> bool:
+    return any(part in name for part in _SECOND)
+
+
 def adapter_count(model: nn.Module) -> int:
     """Trainable parameters by formula: r * (in + out) for each adapter, plus what is saved whole.
 
@@ -168,13 +181,14 @@ def adapter_count(model: nn.Module) -> int:
         in_features, out_features = layer.in_features or 0, layer.out_features or 0
         if isinstance(layer, LoraExperts):
             in_features, out_features = (layer.num_experts * n for n in (in_features, out_features))
-        for name in layer.lora_A:
+        for name in (*layer.lora_A, *layer.lora_embedding_A):
             count += layer.r[name] * (in_features + out_features)
             # DoRA's magnitude and a LoRA bias have one value per output
             extras = (name in layer.lora_magnitude_vector) + bool(layer.lora_bias.get(name))
             count += extras * out_features
             # AdaLoRA's singular values
             count += layer.r[name] * (name in getattr(layer, "lora_E", ()))
+    count += trained_token_count(model)
     for wrapper in saved_modules(model).values():
         for name in wrapper.active_adapters:
             count += sum(p.numel() for p in wrapper.modules_to_save[name].parameters())
@@ -198,6 +212,7 @@ class Watch:
         self.initial = {name: tensor_digest(p) for name, p in self._trainable()}
         self.first_gradient: dict[str, int] = {}
         self.steps = 0
+        self.idle_steps = 0
         self.moving_steps = 0
         self.losses: list[float] = []
         self.supervised: int | None = None
@@ -237,6 +252,7 @@ class Watch:
             "initial": self.initial,
             "first_gradient": self.first_gradient,
             "steps": self.steps,
+            "idle_steps": self.idle_steps,
             "moving_steps": self.moving_steps,
             "losses": self.losses[:1] + self.losses[1:][-1:],
             "supervised": self.supervised,
@@ -259,6 +275,7 @@ class Watch:
         self.initial = dict(state["initial"])
         self.first_gradient = dict(state["first_gradient"])
         self.steps, self.moving_steps = state["steps"], state["moving_steps"]
+        self.idle_steps = state.get("idle_steps", 0)
         self.losses = list(state["losses"])
         self.supervised = state["supervised"]
 
@@ -286,25 +303,37 @@ class Watch:
             else:
                 pending = True
         if pending:
+            if self._is_idle():
+                self.idle_steps += 1
+                return
             self._require_gradients()
         if any(group["lr"] > 0 for group in optimizer.param_groups):
             self.moving_steps += 1
+
+    def _is_idle(self) -> bool:
+        """Whether every gradient is there and zero, as when all rewards of a batch are equal.
+
+        Such a step says nothing about where gradients flow.
+        """
+        gradients = [p.grad for _, p in self._trainable()]
+        return all(g is not None and not bool(g.any()) for g in gradients)
 
     def without_gradient(self) -> list[str]:
         """Trainable parameters that should have had a gradient by now and had none.
 
         B (and whatever is trained whole) by step 2; A, whose gradient is zero while B is, by the
-        second step after the first update with a learning rate above zero. Layers of a
-        mixture-of-experts model that no token was routed to are excepted.
+        second step after the first update with a learning rate above zero. Steps in which every
+        gradient is zero do not count. Layers of a mixture-of-experts model that no token was
+        routed to are excepted.
         """
-        if self.steps < 2:
+        if self.steps - self.idle_steps < 2:
             return []
         spared = self._unrouted()
         missing = []
         for name, _ in self._trainable():
             if name in self.first_gradient or any(layer in name for layer in spared):
                 continue
-            if ".lora_A." in name and self.moving_steps < 2:
+            if _PERHAPS in name or _is_second(name) and self.moving_steps < 2:
                 continue
             missing.append(name)
         return missing
@@ -389,7 +418,9 @@ class Watch:
         still = [n for n in now if self.initial.get(n) == now[n]]
         spared = self._unrouted()
         stuck = [
-            n for n in still if ".lora_A." not in n and not any(layer in n for layer in spared)
+            name
+            for name in still
+            if not (_PERHAPS in name or _is_second(name) or any(layer in name for layer in spared))
         ]
         moved = len(now) - len(still)
         detail = f"{moved} of {len(now)} trainable tensors changed"
@@ -400,7 +431,8 @@ class Watch:
         detail = f"gradients reached {len(self.first_gradient)} of {len(now)} tensors"
         if missing:
             detail += f"; none at {plain_name(missing[0])}"
-        receipt.add("gradients_reached", bool(now) and self.steps > 0 and not missing, detail)
+        reached = bool(now) and bool(self.first_gradient) and not missing
+        receipt.add("gradients_reached", reached, detail)
         unrouted = len(spared)
         if unrouted:
             receipt.findings.append(f"{unrouted} expert layers were never routed to")

@@ -107,6 +107,8 @@ def test_float32_gguf_is_the_model_itself(model, files):
     assert all(torch.equal(state[name], t) for name, t in model.state_dict().items())
     ids = tokenizer("hi", add_special_tokens=False).input_ids
     assert tokenizer.decode(ids).replace("▁", " ").strip() == "hi"
+    # PEFT writes this into an adapter's files
+    assert loaded.name_or_path == loaded.config.name_or_path == str(files[F32])
 
 
 def test_float32_gguf_in_4_bits_equals_the_folder_in_4_bits(model, files, tmp_path):

@@ -40,24 +40,26 @@ def model():
     return add_adapter(base, LoraSettings(r=4))
 
 
-def make_trainer(model, folder, *, callbacks=(), rows=None, optimizer=None):
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=1e-3,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        lr_scheduler_type="constant",
-    )
+def make_trainer(model, folder, *, callbacks=(), rows=None, optimizer=None, **changes):
+    settings = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "lr_scheduler_type": "constant",
+        **changes,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **settings)
     receipt = fourbit.ReceiptCallback()
     trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=rows or Rows(),
+        eval_dataset=Rows(),
         callbacks=[*callbacks, receipt],
         optimizers=(optimizer, None),
     )

@@ -25,8 +25,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils import transformers_weight_conversion as weight_conversion
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,6 +49,8 @@ from fourbit.linear import Linear4bit, QuantizedLinear, expert_stacks, parameter
 from fourbit.lora import LoraSettings, lora_forward, resolve_targets
 
 _MARK = "_fourbit_hook"
+_WRAPPING = ("base_layer", "original_module", "token_adapter")
+"""What PEFT puts into the names of the base's own parameters."""
 _UNSHOWN = {
     "kasa_config": "KaSA cuts directions out of the stored weight, which 4 bits cannot hold",
     "use_bdlora": "BD-LoRA makes its blocks in the dtype of the weight, which is packed",
@@ -260,6 +263,36 @@ def adapter_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def base_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What remains of a state dict without PEFT: the base's own tensors under their own names.
+
+    Raises:
+        InputError: adapters are merged, so that the packed bytes are not in the state dict.
+    """
+    parts = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    merged = next((name for name, layer in parts if layer.merged), None)
+    if merged is not None:
+        raise InputError(
+            "merged-base",
+            where=plain_name(merged),
+            what="the base cannot be saved while adapters are merged into it",
+            fix="call unmerge_adapter() first, or save what merge_and_unload() returns",
+        )
+    added = [f"{name}." for name in adapter_modules(model)]
+    added += [
+        f"{name}.{child}."
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+        for child in module._modules
+        if child not in _WRAPPING
+    ]
+    return {
+        plain_name(name): tensor
+        for name, tensor in state.items()
+        if not name.startswith(tuple(added))
+    }
+
+
 def fuse(model: nn.Module) -> None:
     """Gives PEFT's LoRA layers whose base has just been quantized our arithmetic."""
     for module in model.modules():
@@ -274,7 +307,7 @@ def fuse(model: nn.Module) -> None:
 def plain_name(name: str) -> str:
     """A module's or parameter's name in the model before PEFT wrapped it."""
     parts = name.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part not in ("base_layer", "original_module"))
+    return ".".join(part for part in parts if part not in _WRAPPING)
 
 
 def _install_literal_targets() -> None:
@@ -419,6 +452,18 @@ def saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
         for name, module in model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     }
+
+
+def trained_token_count(model: nn.Module) -> int:
+    """Values of single tokens that are trained (`trainable_token_indices`)."""
+    count = 0
+    for module in model.modules():
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None:
+            base = module.get_base_layer()
+            wide = base.embedding_dim if isinstance(base, nn.Embedding) else base.in_features
+            assert isinstance(wide, int)
+            count += sum(len(indices) for indices in module.token_indices.values()) * wide
+    return count
 
 
 def head_weight(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:

@@ -49,6 +49,10 @@ class ReceiptCallback(TrainerCallback):
             VerificationFailed: a check does not hold.
         """
         assert self._watch is not None
+        logged = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
+        if logged:
+            # With accumulated gradients the model's own loss is only a share of the step's.
+            self._watch.losses = [logged[0], *logged[1:][-1:]]
         self.receipt = self._watch.finish(save_dtype=torch.float32)
         folder = Path(str(args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)

@@ -304,8 +304,14 @@ class FourbitQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(  # type: ignore[override]  # the base returns nothing
         self, model: nn.Module
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What ``save_pretrained`` writes: quantized layers under bitsandbytes' names."""
-        return stored_state_dict(model), {}
+        """What ``save_pretrained`` writes: quantized layers under bitsandbytes' names.
+
+        Of a model in which PEFT has put adapters it writes the base; transformers' own
+        ``add_adapter`` picks the adapter out of this instead.
+        """
+        state = stored_state_dict(model)
+        own = getattr(model, "_hf_peft_config_loaded", False)
+        return state if own else peft_hooks.base_state(model, state), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
         if isinstance(dtype, str):
