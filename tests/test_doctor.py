@@ -46,7 +46,7 @@ def test_the_backend_is_named_with_its_dtype(found):
         dtype = "bf16" if found.machine.bf16 else "fp32"
         assert f"ok: no accelerator: training runs on the CPU in {dtype} (" in text
     assert "demo model 'smollm2' is" in text
-    assert "4-bit operation" in text or "kernels made for" in text
+    assert "quantized operation" in text or "kernels made for" in text
 
 
 def test_the_most_serious_finding_comes_first():

@@ -188,6 +188,7 @@ class FlippedTorch:
         return torch.from_numpy(array)
 
 
+@pytest.mark.slow
 def test_the_command_on_a_run(model_folder, tmp_path):
     chats = write_chats(tmp_path / "chats.jsonl", 8)
     train_tiny(model_folder("llama"), chats, tmp_path / "run", precision="fp32")

@@ -254,6 +254,7 @@ def test_a_loaded_folder_is_the_mapped_file(source, tmp_path):
 # Interruption.
 
 
+@pytest.mark.slow
 def test_a_killed_process_continues_with_identical_bytes(source, tmp_path):
     quantize_checkpoint(str(source), tmp_path / "whole", options=options("20kB"))
     out, unfinished = tmp_path / "out", tmp_path / "out.unfinished"

@@ -310,7 +310,8 @@ def _require_whole_adapter(model: PeftModel, stored: Set[str], folder: Path) -> 
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     base = base_model(model)
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
-    stored = stored - {f"{n}.weight" for n, m in model.named_modules() if m in ends}
+    vocabulary = {f"{n}.weight" for n, m in model.named_modules() if m in ends}
+    stored = stored - (vocabulary - wanted.keys())
     for kind, names in (("lacks", wanted.keys() - stored), ("knows", stored - wanted.keys())):
         if names:
             first = ", ".join(sorted(names)[:5])

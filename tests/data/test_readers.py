@@ -287,6 +287,7 @@ def test_data_train_must_be_set():
         read_rows(DataConfig())
 
 
+@pytest.mark.slow
 def test_hub_names_without_the_package_or_the_hub_are_one_line(put, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FourbitError) as caught:

@@ -15,8 +15,18 @@ import fourbit
 from fourbit.training.config import TrainConfig
 from models import train_tiny, write_chats
 
+SLOW = pytest.mark.slow
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "pissa",
+        "olora",
+        pytest.param("pissa_niter_4", marks=SLOW),
+        pytest.param("orthogonal", marks=SLOW),
+    ],
+)
 def test_a_run_with_a_start_verifies_resumes_and_reloads(
     start: str, model_folder, tmp_path: Path
 ) -> None:
