@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from fourbit.data.templates import BUILT_IN
 from fourbit.merging.base import make_skeleton
-from fourbit.merging.writer import Entry, parse_size, plan_shards, write_shards
+from fourbit.shards import Entry, parse_size, write_shards
 
 SHAPES = {
     "llama-7b": {
@@ -89,7 +90,7 @@ def write_model(folder: Path, shape: str, *, seed: int = 0, max_shard_size: str 
     """One tensor in memory at a time."""
     config = configuration(shape)
     shapes = {name: tuple(t.shape) for name, t in make_skeleton(config).state_dict().items()}
-    entries = [Entry(name, size, torch.bfloat16) for name, size in shapes.items()]
+    entries = [Entry(name, torch.bfloat16, size) for name, size in shapes.items()]
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(name: str) -> Tensor:
@@ -98,7 +99,7 @@ def write_model(folder: Path, shape: str, *, seed: int = 0, max_shard_size: str 
         return torch.empty(shapes[name]).normal_(0, STD, generator=generator).bfloat16()
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, plan_shards(entries, parse_size(max_shard_size)), tensor)
+    write_shards(folder, entries, parse_size(max_shard_size), tensor)
     config.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -116,14 +117,14 @@ def write_adapter(folder: Path, shape: str, *, r: int = 16, seed: int = 1) -> Pa
         targets.add(module.rsplit(".", 1)[-1])
         sizes[f"base_model.model.{module}.lora_A.weight"] = (r, weight.shape[1])
         sizes[f"base_model.model.{module}.lora_B.weight"] = (weight.shape[0], r)
-    entries = [Entry(name, size, torch.float32) for name, size in sizes.items()]
+    entries = [Entry(name, torch.float32, size) for name, size in sizes.items()]
 
     def tensor(name: str) -> Tensor:
         std = sizes[name][1] ** -0.5 if "lora_A" in name else 1e-3
         return torch.empty(sizes[name]).normal_(0, std, generator=generator)
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, [entries], tensor)
+    write_shards(folder, entries, sys.maxsize, tensor)
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": r, "lora_alpha": 2 * r,
               "target_modules": sorted(targets), "inference_mode": True}  # fmt: skip

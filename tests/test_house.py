@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fourbit"
 FLOORS = [
     {"errors"},
     {"files", "settings"},
-    {"codebook", "device", "rundir", "methods"},
+    {"codebook", "device", "shards", "rundir", "methods"},
     {"ops", "checkpoint"},
     {"quantize"},
     {"linear", "absmax"},

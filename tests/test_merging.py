@@ -636,10 +636,10 @@ def test_what_a_killed_merge_left_is_cleared(make_run, tmp_path):
     assert not (tmp_path / "out" / "model-00001-of-00009.safetensors").exists()
 
 
-@pytest.mark.parametrize("size", ["5", "0.1MB", "many", "-5GB", "5TB"])
+@pytest.mark.parametrize("size", ["5", "0.1KB", "many", "-5GB", "5TB"])
 def test_sizes_that_are_none(make_run, tmp_path, size):
-    found = fails(InputError, "bad-size", make_run("llama"), tmp_path / "o", max_shard_size=size)
-    assert found.what == f"'{size}' is no size of at least 1 MB"
+    found = fails(InputError, "bad-value", make_run("llama"), tmp_path / "o", max_shard_size=size)
+    assert found.what == f"'{size}' is no size of at least 1 kB"
 
 
 # The proof notices a merge that went wrong.

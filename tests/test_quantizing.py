@@ -29,7 +29,7 @@ from fourbit.quantize import QuantConfig
 from fourbit.quantizing import QuantizeOptions, quantize_checkpoint
 from fourbit.quantizing import run as run_module
 from fourbit.quantizing.compare import compare
-from fourbit.quantizing.shards import Entry, ShardWriter
+from fourbit.shards import Entry, ShardWriter
 from fourbit.sources import check_safetensors
 from fourbit.training.progress import Reporter
 from models import tiny_tokenizer, train_tiny, write_chats, write_model

@@ -27,6 +27,7 @@ import torch
 
 from fourbit.errors import EnvironmentFault, InputError, ModelError
 from fourbit.files import disk_fault, sha256_of, sync_folder, write_new
+from fourbit.shards import DTYPES
 
 FORMAT = "fourbit-checkpoint"
 FORMAT_VERSION = 1
@@ -36,18 +37,6 @@ _STEP = re.compile(r"step-([0-9]{6,})")
 _STAGING = re.compile(r"\.step-[0-9]{6,}\.tmp-[0-9a-f]{32}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(safetensors|json)")
 _MAX_MANIFEST = 16 << 20
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 @dataclass(frozen=True)
@@ -386,11 +375,11 @@ def _put_tensors(out: _HashingFile, tensors: Mapping[str, torch.Tensor]) -> None
     offset = 0
     for name in order:
         tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"tensor {name!r} has a dtype no checkpoint holds: {tensor.dtype}")
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

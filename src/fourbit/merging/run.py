@@ -36,16 +36,13 @@ from fourbit.merging.result import MergeOptions, MergeResult
 from fourbit.merging.trained import Trained, find_trained, require_digests, require_same_model
 from fourbit.merging.writer import (
     PROOF,
-    Entry,
     folder_bytes,
-    parse_size,
-    plan_shards,
     require_free_target,
     require_space,
     staged,
-    write_shards,
 )
 from fourbit.quantize import QuantConfig
+from fourbit.shards import Entry, parse_size, write_shards
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training.progress import Reporter
 
@@ -54,7 +51,6 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _TOKENIZER = "tokenizer_config.json"
 _LOUD = 0.1
 """Share of the adapter's own effect above which rounding is worth a warning."""
-_TOKENIZER = "tokenizer_config.json"
 
 
 def merge(
@@ -246,7 +242,7 @@ class _Merge:
         for name, slot in self.base.slots.items():
             floating = slot.floating or name in self.base.layers
             dtype = self.dtype if floating else slot.read().dtype
-            entries.append(Entry(name, shapes[name], dtype))
+            entries.append(Entry(name, dtype, shapes[name]))
         if rows is not None:
             self._require_all_resized(entries, rows)
         return entries
@@ -268,7 +264,6 @@ class _Merge:
 
     def write(self, staging: Path, entries: list[Entry]) -> None:
         """All files but the record and the card."""
-        shards = plan_shards(entries, self.limit)
         with self.say.task("merging", total=len(entries)) as advance:
             done = iter(range(1, len(entries) + 1))
 
@@ -277,7 +272,7 @@ class _Merge:
                 advance(next(done), name)
                 return merged
 
-            write_shards(staging, shards, tensor)
+            write_shards(staging, entries, self.limit, tensor)
         devices.release_memory()
         self.write_metadata(staging)
 

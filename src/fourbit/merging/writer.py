@@ -1,19 +1,12 @@
-"""Safetensors shards written tensor by tensor, into a folder that only success gives its name."""
+"""The folder of a merged model on its way: only success gives it its name."""
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import torch
-from torch import Tensor
 
 from fourbit import files
 from fourbit.errors import EnvironmentFault, InputError, LockHeld
@@ -27,126 +20,8 @@ except ImportError:  # Windows has no flock: there two merges into one folder ar
 PROOF = "merge.json"
 """What the folder says about itself; also the sign that a merge wrote it."""
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SPARE = 64 << 20
 """Bytes for tokenizer, index and the file system's own needs."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        """Its size on disk."""
-        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
-
-
-def parse_size(text: str) -> int:
-    """``5GB``, ``500 MiB`` or a number of bytes.
-
-    Raises:
-        InputError: not a size, or below 1 MB.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-    if size < 10**6:
-        raise InputError(
-            "bad-size",
-            where="--max-shard-size",
-            what=f"'{text}' is no size of at least 1 MB",
-            fix="write it as 5GB or 500MB",
-        )
-    return size
-
-
-def plan_shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Entries in their order, as many to a file as ``limit`` bytes hold; never an empty file."""
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.bytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.bytes
-    return shards
-
-
-def shard_names(count: int) -> list[str]:
-    """File names as transformers looks for them."""
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-
-
-def write_shards(
-    folder: Path, shards: Sequence[Sequence[Entry]], tensor: Callable[[str], Tensor]
-) -> None:
-    """Writes the files and, for more than one, their index.
-
-    Only one tensor is in memory at a time: a safetensors header needs shapes, not values.
-
-    Args:
-        folder: exists.
-        shards: what goes into which file.
-        tensor: gives each tensor when its turn comes, in the entry's shape and dtype.
-
-    Raises:
-        EnvironmentFault: the disk refused.
-    """
-    names = shard_names(len(shards))
-    for name, entries in zip(names, shards, strict=True):
-        # Wide elements first, so that every tensor lies aligned to its element.
-        ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-        try:
-            files.write_new(folder / name, lambda file, o=ordered: _write_shard(file, o, tensor))
-        except OSError as error:
-            raise files.disk_fault(error, where=folder / name) from error
-    if len(shards) > 1:
-        where = {entry.name: name for name, shard in zip(names, shards, strict=True)
-                 for entry in shard}  # fmt: skip
-        total = sum(entry.bytes for shard in shards for entry in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        files.replace_file(folder / "model.safetensors.index.json", text.encode())
-
-
-def _write_shard(file: BinaryIO, entries: Sequence[Entry], tensor: Callable[[str], Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for entry in entries:
-        header[entry.name] = {
-            "dtype": _DTYPES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [at, at + entry.bytes],
-        }
-        at += entry.bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for entry in entries:
-        value = tensor(entry.name)
-        assert value.dtype == entry.dtype
-        assert tuple(value.shape) == entry.shape
-        if value.numel():
-            file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def require_free_target(output: Path, *, overwrite: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +10,7 @@ from pydantic import ValidationError
 from fourbit.errors import InputError
 from fourbit.integrations.config import FourbitConfig
 from fourbit.quantize import QuantConfig
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-_LEAST_SHARD = 1000
+from fourbit.shards import parse_size
 
 
 @dataclass(frozen=True)
@@ -43,17 +40,7 @@ class QuantizeOptions:
         Raises:
             InputError: it is no size.
         """
-        text = self.max_shard_size
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-        size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
-        if size < _LEAST_SHARD:
-            raise InputError(
-                "bad-value",
-                where="--max-shard-size",
-                what=f"{text!r} is no size of at least 1 kB",
-                fix="write it as 2GB or 500MB",
-            )
-        return size
+        return parse_size(self.max_shard_size)
 
     def quantization(self, skip: list[str] | None) -> FourbitConfig:
         """What config.json will say; ``skip`` is the complete list of what stays plain.

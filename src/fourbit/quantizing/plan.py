@@ -15,8 +15,8 @@ from fourbit import bnb_format
 from fourbit.errors import ModelError
 from fourbit.integrations.names import CheckpointNames, absent, plain_dtypes
 from fourbit.linear import QuantizedLinear
-from fourbit.quantizing.shards import Entry, storable
 from fourbit.quantizing.tensors import SourceTensors
+from fourbit.shards import Entry, cut, storable
 
 
 @dataclass(frozen=True)
@@ -209,21 +209,7 @@ def _drop_tied_copies(
 
 def _shards(units: Sequence[Unit], limit: int) -> tuple[Shard, ...]:
     """Units in their order, as many to a file as ``limit`` bytes hold; a weight is never split."""
-    groups: list[list[Unit]] = [[]]
-    size = 0
-    for unit in units:
-        if groups[-1] and size + unit.bytes > limit:
-            groups.append([])
-            size = 0
-        groups[-1].append(unit)
-        size += unit.bytes
-    count = len(groups)
-    if count == 1:
-        return (Shard("model.safetensors", tuple(groups[0])),)
-    return tuple(
-        Shard(f"model-{i:05}-of-{count:05}.safetensors", tuple(group))
-        for i, group in enumerate(groups, start=1)
-    )
+    return tuple(Shard(name, group) for name, group in cut(units, limit))
 
 
 def _expect(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:

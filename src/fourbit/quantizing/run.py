@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -34,13 +33,12 @@ from fourbit.quantize import check_finite
 from fourbit.quantizing.measure import Squares, relative, squares
 from fourbit.quantizing.options import QuantizeOptions
 from fourbit.quantizing.plan import Plan, Shard, Unit, make_plan
-from fourbit.quantizing.shards import ShardWriter
 from fourbit.quantizing.staging import Staging, require_target
 from fourbit.quantizing.tensors import SourceTensors, open_tensors
+from fourbit.shards import INDEX, ShardWriter, index_text
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training.progress import Advance, Reporter
 
-_INDEX = "model.safetensors.index.json"
 _COPIED = (
     "generation_config.json",
     "tokenizer*",
@@ -305,19 +303,18 @@ class _Work:
                     if path.is_file() and path.suffix not in (".safetensors", ".gguf", ".bin"):
                         shutil.copyfile(path, folder / path.name)
             if len(self.plan.shards) > 1:
-                (folder / _INDEX).write_text(self._index(), encoding="utf-8")
+                (folder / INDEX).write_text(self._index(), encoding="utf-8")
             (folder / "config.json").write_text(self._config_text(), encoding="utf-8")
         except OSError as error:
             raise files.disk_fault(error, where=folder) from error
 
     def _index(self) -> str:
         entries = {e.name: shard.name for shard in self.plan.shards for e in shard.entries}
-        metadata = {
-            "total_parameters": self._parameters(),
-            "total_size": sum(facts["data"] for facts in self.staging.finished.values()),
-        }
-        index = {"metadata": metadata, "weight_map": dict(sorted(entries.items()))}
-        return json.dumps(index, indent=2) + "\n"
+        return index_text(
+            entries,
+            total_parameters=self._parameters(),
+            total_size=sum(facts["data"] for facts in self.staging.finished.values()),
+        )
 
     def _config_text(self) -> str:
         config = copy.deepcopy(self.config)

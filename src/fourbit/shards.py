@@ -1,6 +1,6 @@
-"""A safetensors file written tensor by tensor, before all of its contents are known.
+"""Safetensors files written tensor by tensor, and how a model is cut into several.
 
-The header stands first but names the length of every quant_state, which the weights decide. So its
+A header stands first but names the length of every quant_state, which the weights decide. So its
 place is reserved, the quant_states come last, and the header is padded with spaces, as the format
 allows. Every tensor lies as aligned as its own size allows, so that a mapped file needs no copy.
 """
@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fourbit.errors import InputError
+from fourbit.files import disk_fault, replace_file
+
 _ALIGNMENT = 64
 _MOST_AT_ONCE = 1 << 24
-_DTYPES = {
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_LEAST_SHARD = 1000
+INDEX = "model.safetensors.index.json"
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -33,6 +40,7 @@ _DTYPES = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+"""What safetensors calls torch's dtypes."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,65 @@ class Entry:
 
 def storable(dtype: torch.dtype) -> bool:
     """Whether safetensors has a name for it."""
-    return dtype in _DTYPES
+    return dtype in DTYPES
+
+
+class Sized(Protocol):
+    """Something that takes bytes in a file."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        ...
+
+
+_Item = TypeVar("_Item", bound=Sized)
+
+
+def parse_size(text: str) -> int:
+    """``5GB``, ``500 MiB`` or a number of bytes.
+
+    Raises:
+        InputError: not a size, or below 1 kB.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
+    size = int(float(found[1]) * _UNITS[found[2] or ""]) if found else 0
+    if size < _LEAST_SHARD:
+        raise InputError(
+            "bad-value",
+            where="--max-shard-size",
+            what=f"{text!r} is no size of at least 1 kB",
+            fix="write it as 5GB or 500MB",
+        )
+    return size
+
+
+def cut(items: Sequence[_Item], limit: int) -> list[tuple[str, tuple[_Item, ...]]]:
+    """Items in their order, as many to a file as ``limit`` bytes hold, with the files' names.
+
+    An item is never split; one that exceeds the limit has a file of its own.
+    """
+    groups: list[list[_Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + item.bytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.bytes
+    count = len(groups)
+    if count == 1:
+        return [("model.safetensors", tuple(groups[0]))]
+    return [
+        (f"model-{i:05}-of-{count:05}.safetensors", tuple(group))
+        for i, group in enumerate(groups, start=1)
+    ]
+
+
+def index_text(files: Mapping[str, str], **metadata: int) -> str:
+    """The index of several files; ``files`` is tensor name to file name."""
+    index = {"metadata": metadata, "weight_map": dict(sorted(files.items()))}
+    return json.dumps(index, indent=2) + "\n"
 
 
 class ShardWriter:
@@ -158,7 +224,7 @@ class ShardWriter:
 
 
 def _described(entry: Entry, shape: list[int], at: int, size: int) -> dict[str, Any]:
-    return {"dtype": _DTYPES[entry.dtype], "shape": shape, "data_offsets": [at, at + size]}
+    return {"dtype": DTYPES[entry.dtype], "shape": shape, "data_offsets": [at, at + size]}
 
 
 def _alignment(size: int) -> int:
@@ -174,3 +240,38 @@ def _write_at(file: int, data: memoryview, at: int) -> int:
         written = os.pwrite(file, data, at)
         data, at = data[written:], at + written
     return at
+
+
+def write_shards(
+    folder: Path, entries: Sequence[Entry], limit: int, tensor: Callable[[str], Tensor]
+) -> None:
+    """Writes tensors into files of at most ``limit`` bytes and, for several, their index.
+
+    Args:
+        folder: exists.
+        entries: what is written, in this order.
+        limit: bytes of a file.
+        tensor: gives each tensor when its turn comes, in the entry's shape and dtype: only one is
+            in memory at a time.
+
+    Raises:
+        EnvironmentFault: the disk refused.
+    """
+    groups = cut(entries, limit)
+    for name, group in groups:
+        try:
+            writer = ShardWriter(folder / name, group)
+            try:
+                for entry in group:
+                    value = tensor(entry.name)
+                    assert tuple(value.shape) == entry.shape, entry.name
+                    writer.put(entry.name, value)
+                writer.finish()
+            finally:
+                writer.close()
+        except OSError as error:
+            raise disk_fault(error, where=folder / name) from error
+    if len(groups) > 1:
+        places = {entry.name: name for name, group in groups for entry in group}
+        text = index_text(places, total_size=sum(entry.bytes for entry in entries))
+        replace_file(folder / INDEX, text.encode())
