@@ -422,7 +422,7 @@ def test_an_existing_output_is_replaced_only_when_asked(copied, tmp_path):
         (
             {"max_shard_size": "big"},
             "error[bad-value] --max-shard-size: 'big' is no size of at least 1 kB;"
-            " fix: write it as 2GB or 500MB",
+            " fix: write it as 5GB or 500MB",
         ),
         (
             {"storage": "float16", "quant": INT8},
