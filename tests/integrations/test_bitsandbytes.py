@@ -153,6 +153,27 @@ def test_from_ours_to_theirs(names, name, plain, tmp_path):
         assert len(kept) == 1, file
 
 
+@pytest.mark.parametrize("names", [FOUR_BIT[0], FOUR_BIT[5], FOUR_BIT[12], EIGHT_BIT], ids=label)
+def test_a_mixture_there_and_back(names, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "shared_expert_intermediate_size": 64}
+    tiny_model("qwen2_moe", dtype=torch.bfloat16, **sizes).save_pretrained(tmp_path / "plain")
+    # they leave experts in 16 bits, so a checkpoint for them has to
+    ours = {**names, "quantize_experts": False, "allow_unquantized": True}
+    theirs = load(tmp_path / "plain", BitsAndBytesConfig(**names))
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load(tmp_path / "theirs", FourbitConfig(**ours))
+    model.save_pretrained(tmp_path / "ours")
+    assert not same(weights(tmp_path / "theirs"), weights(tmp_path / "ours"))
+    again = load(tmp_path / "ours")
+    modules = dict(again.named_modules())
+    for key, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear) and layer.out_features % 64 == 0:
+            assert torch.equal(layer.dequantize(torch.float32), their_weight(modules[key])), key
+    load(tmp_path / "ours", FourbitConfig(**ours)).save_pretrained(tmp_path / "second")
+    one, two = (tmp_path / place / "model.safetensors" for place in ("ours", "second"))
+    assert one.read_bytes() == two.read_bytes()
+
+
 @pytest.mark.parametrize("names", [FOUR_BIT[0], EIGHT_BIT], ids=label)
 def test_shards(names, plain, tmp_path):
     theirs = load(plain("llama"), BitsAndBytesConfig(**names))
