@@ -766,3 +766,46 @@ def test_the_command(make_run, tmp_path):
 def test_public_names():
     assert fourbit.merge is merge
     assert fourbit.MergeOptions is MergeOptions
+
+
+def test_rounding_back_to_4_bits_is_refused_when_it_loses_the_update(make_run, tmp_path):
+    run = make_run("llama", optim={"lr": 1e-3})
+    with pytest.raises(VerificationFailed) as caught:
+        call(run, tmp_path / "out", requantize=True)
+    assert caught.value.code == "requantize-loses-update"
+    assert "(limit 0.5)" in caught.value.what
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_rounded_back_by_force_says_what_was_lost(make_run, tmp_path):
+    run = make_run("llama", optim={"lr": 1e-3})
+    result = call(run, tmp_path / "out", requantize=True, force=True)
+    assert result.requantized is not None
+    assert result.requantized.lost_share > 0.5
+    assert result.requantized.unmoved_share > 0.9
+    assert result.requantized_difference is not None
+    assert result.proof is not None
+    assert result.requantized_difference.kl > 10 * result.proof.kl
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    model, _ = fourbit.load(str(tmp_path / "out"), dtype=torch.float32)
+    layers = [m for m in model.modules() if isinstance(m, fourbit.Linear4bit)]
+    assert len(layers) == 14
+    assert all(layer.quant_type == "nf4" and layer.double_quant for layer in layers)
+    assert "rounding error" in "\n".join(result.lines())
+
+
+def test_a_large_update_may_be_rounded_back(make_run, tmp_path):
+    result = call(make_run("llama"), tmp_path / "out", requantize=True)
+    assert result.requantized is not None
+    assert result.requantized.lost_share < 0.5
+    assert result.bytes < call(make_run("llama"), tmp_path / "plain", dtype="bf16").bytes
+
+
+def test_there_is_nothing_to_round_back_for_a_16_bit_run(make_run, tmp_path):
+    fails(
+        InputError,
+        "nothing-to-requantize",
+        make_run("llama", "lora"),
+        tmp_path / "o",
+        requantize=True,
+    )

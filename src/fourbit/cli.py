@@ -340,6 +340,8 @@ def chat(model: str, **options: Any) -> None:
 @click.option("--proof-rows", type=click.IntRange(1, 4096), default=32, show_default=True,
               help="Evaluation rows that both models answer.")  # fmt: skip
 @click.option("--no-proof", is_flag=True, help="Do not compare; the output is marked as unproven.")
+@click.option("--requantize", is_flag=True, help="Round back into the run's 4 bits; see --force.")
+@click.option("--force", is_flag=True, help="Requantize however much of the update is lost.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier merge in that folder.")
 @_JSON
 def merge(run: Path, output: Path, as_json: bool, **options: Any) -> None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from fourbit.quantize import QuantConfig, dequantize_4bit, quantize_4bit
 
+MOST_LOST = 0.5
+"""Rounding error relative to the update above which a requantized merge is refused."""
+
 
 @dataclass(frozen=True)
 class Requantized:
@@ -32,6 +35,13 @@ class Requantized:
             self.unmoved + other.unmoved,
             self.update + other.update,
             self.lost + other.lost,
+        )
+
+    def line(self) -> str:
+        """For people."""
+        return (
+            f"rounded back to 4 bits: {self.unmoved_share:.1%} of {self.weights:,} weights keep"
+            f" their code; the rounding error is {self.lost_share:.2f} of the update"
         )
 
     @property

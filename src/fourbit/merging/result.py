@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fourbit import __version__, files
 from fourbit.merging.proof import Parity
+from fourbit.merging.requantized import Requantized
 from fourbit.quantize import QuantConfig
 
 BaseKind = Literal["auto", "dequantized", "original"]
@@ -27,6 +28,8 @@ class MergeOptions:
         proof: compare the merged folder with the adapter on its base.
         proof_rows: evaluation rows asked at most.
         overwrite: replace an earlier merge in the folder.
+        requantize: round the merged weights back into the 4 bits of the run.
+        force: keep what is requantized however much of the update is lost.
     """
 
     model: str | None = None
@@ -37,6 +40,8 @@ class MergeOptions:
     proof: bool = True
     proof_rows: int = 32
     overwrite: bool = False
+    requantize: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class MergeResult:
     proof: Parity | None
     trained_difference: Parity | None
     base_checked: str
+    requantized: Requantized | None = None
+    requantized_difference: Parity | None = None
     findings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -83,4 +90,9 @@ class MergeResult:
         if self.trained_difference is not None:
             lines.append("difference from the model as it was trained:")
             lines += self.trained_difference.lines(left="trained", right="merged")[1:]
+        if self.requantized is not None:
+            lines.append(self.requantized.line())
+        if self.requantized_difference is not None:
+            lines.append("difference by rounding back to 4 bits:")
+            lines += self.requantized_difference.lines(left="adapter", right="4 bits")[1:]
         return [*lines, f"merged model: {self.output}"]

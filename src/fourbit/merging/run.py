@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fourbit import device as devices
 from fourbit import files
 from fourbit.data import resolve_template
-from fourbit.errors import FourbitError, InputError, ModelError
+from fourbit.errors import FourbitError, InputError, ModelError, VerificationFailed
 from fourbit.linear import QuantizedLinear, keep_dequantized
 from fourbit.loading import LoadOptions, load_config, load_model, load_tokenizer, stored_dtype
 from fourbit.merging.adapter import Changes, apply_update, attach, find_changes
@@ -32,6 +33,7 @@ from fourbit.merging.proof import (
     require_parity,
     rows_of_run,
 )
+from fourbit.merging.requantized import MOST_LOST, Requantized, count_requantized
 from fourbit.merging.result import MergeOptions, MergeResult
 from fourbit.merging.trained import Trained, find_trained, require_digests, require_same_model
 from fourbit.merging.writer import (
@@ -42,6 +44,7 @@ from fourbit.merging.writer import (
     staged,
 )
 from fourbit.quantize import QuantConfig
+from fourbit.quantizing import QuantizeOptions, quantize_checkpoint
 from fourbit.shards import Entry, parse_size, write_shards
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training.progress import Reporter
@@ -101,6 +104,7 @@ class _Merge:
         self.trained, self.output, self.options = trained, output, options
         self.limit, self.say = limit, reporter
         self.findings: list[str] = []
+        self.rounded = Requantized()
         self.checked = "nothing: no run recorded it" if trained.config is None else ""
 
     def run(self) -> MergeResult:
@@ -116,6 +120,8 @@ class _Merge:
             before, trained = self.ask_adapter(rows)
         with staged(self.output) as staging:
             self.write(staging, entries)
+            if self.options.requantize:
+                self.require_kept()
             if rows is None and self.trained.facts:
                 self.check_written()
             proof = difference = None
@@ -124,6 +130,11 @@ class _Merge:
                 proof = compare(before, after, rows)
                 difference = None if trained is None else compare(trained, after, rows)
                 self.require(proof)
+            difference_4bit = None
+            if self.options.requantize:
+                self.pack(staging)
+                if rows is not None and before is not None:
+                    difference_4bit = compare(before, self.ask_merged(staging, rows), rows)
             result = MergeResult(
                 output=str(self.output),
                 model=self.trained.source.name,
@@ -139,6 +150,8 @@ class _Merge:
                 proof=proof,
                 trained_difference=difference,
                 base_checked=self.checked,
+                requantized=self.rounded if self.options.requantize else None,
+                requantized_difference=difference_4bit,
                 findings=self.findings,
             )
             self.sign(staging, result)
@@ -163,6 +176,15 @@ class _Merge:
                 fix="leave --base out",
             )
         dequantize = trained.quant is not None and kind != "original"
+        if self.options.requantize and (
+            trained.quant is None or trained.quant.is_int8 or not dequantize
+        ):
+            raise InputError(
+                "nothing-to-requantize",
+                where="--requantize",
+                what="the merged weights do not come out of 4 bits",
+                fix="leave --requantize out; fourbit quantize packs any model",
+            )
         self.base = open_base(
             source,
             self.model_config,
@@ -294,7 +316,10 @@ class _Merge:
                 return value
         update, bias = changes.updates.get(name), changes.biases.get(name)
         if update is not None:
+            before = value
             value = apply_update(_own_float32(value), update, adapter.tensor)
+            if self.options.requantize and self.trained.quant is not None:
+                self.rounded += count_requantized(before.float(), value, self.trained.quant)
         if bias is not None:
             value = _own_float32(value).add_(adapter.tensor(bias[0]), alpha=bias[1])
         result = value.to(self.dtype).contiguous()
@@ -306,6 +331,40 @@ class _Merge:
                 fix="--dtype bf16",
             )
         return result
+
+    def require_kept(self) -> None:
+        """Refuses to round away what was learned.
+
+        Raises:
+            VerificationFailed: naming the loss and the limit.
+        """
+        self.say.line(self.rounded.line())
+        if self.rounded.lost_share > MOST_LOST and not self.options.force:
+            raise VerificationFailed(
+                "requantize-loses-update",
+                where=str(self.output),
+                what=f"rounding back to 4 bits makes an error of {self.rounded.lost_share:.2f} of"
+                f" the update (limit {MOST_LOST}), {self.rounded.unmoved_share:.1%} of the codes"
+                " do not move",
+                fix="merge without --requantize, or keep the adapter beside the base (--force)",
+            )
+
+    def pack(self, staging: Path) -> None:
+        """The merged 16-bit folder into the run's 4 bits, in its place."""
+        assert self.trained.quant is not None
+        packed = staging.with_name(staging.name + "-4bit")
+        shutil.rmtree(packed, ignore_errors=True)
+        options = QuantizeOptions(
+            quant=self.trained.quant, max_shard_size=self.options.max_shard_size
+        )
+        try:
+            quantize_checkpoint(str(staging), packed, options=options, reporter=self.say)
+            for path in staging.glob("*.safetensors*"):
+                path.unlink()
+            for path in packed.iterdir():
+                path.replace(staging / path.name)
+        finally:
+            shutil.rmtree(packed, ignore_errors=True)
 
     def check_written(self) -> None:
         """Without a proof no model is loaded: the base was hashed as its weights passed by.
