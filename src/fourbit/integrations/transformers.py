@@ -170,6 +170,7 @@ class FourbitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.loaded: set[str] = set()
         self.experts: list[str] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
         quantization_config.failures.clear()
 
     @property
@@ -239,11 +240,18 @@ class FourbitQuantizer(HfQuantizer):
             # Otherwise transformers would draw random numbers into integer parameters.
             layer._is_hf_initialized = True  # type: ignore[assignment]
             _apply(config, layer)
-            if not self.pre_quantized:
-                # transformers before 5.23 casts what arrives to the waiting parameter's dtype
-                shape = (layer.out_features, layer.in_features)
-                waiting = torch.empty(shape, dtype=layer.original_dtype, device="meta")
-                layer.weight = _frozen(waiting)
+            # transformers before 5.23 casts what arrives to the waiting parameter's dtype
+            shape, dtype = (layer.out_features, layer.in_features), layer.original_dtype
+            if self.pre_quantized:
+                shape, dtype = tuple(layer.weight.shape), layer.weight.dtype
+                if isinstance(layer, Linear4bit):
+                    dtype = layer.quant_storage
+            layer.weight = _frozen(torch.empty(shape, dtype=dtype, device="meta"))
+        self.shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if not isinstance(get_module_from_name(model, name)[0], QuantizedLinear)
+        }
         if config.quantize_experts:
             self._declare_experts(model, skip)
         if not (config.allow_unquantized or self.pre_quantized):
@@ -281,8 +289,23 @@ class FourbitQuantizer(HfQuantizer):
                 what=f"{len(missing)} tensors are missing, first: {missing[0]}",
                 fix="download the checkpoint again, or check that config.json belongs to it",
             )
+        self._require_shapes(model)
         self._keep_conversions(model)
         return model
+
+    def _require_shapes(self, model: PreTrainedModel) -> None:
+        """The loader before transformers 5.23 checks no shape when there is a quantizer."""
+        for name, parameter in model.named_parameters():
+            module, own = get_module_from_name(model, name)
+            wanted = self.shapes.get(name)
+            if wanted is None or own in expert_stacks(module) or wanted == tuple(parameter.shape):
+                continue
+            raise ModelError(
+                "mismatched-weights",
+                where=str(model.config.name_or_path or type(model).__name__),
+                what=f"{name} has shape {list(parameter.shape)}, config.json says {list(wanted)}",
+                fix="use the config.json that belongs to the weights",
+            )
 
     def _keep_conversions(self, model: PreTrainedModel) -> None:
         """Drops what saving must not revert: our reading, and the merging of packed experts."""
