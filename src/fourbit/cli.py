@@ -202,7 +202,7 @@ _MODEL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--adapter", type=click.Path(path_type=Path), help="Run or adapter directory."),
     click.option(
         "--quant",
-        type=click.Choice(["nf4", "fp4", "int4", "none"]),
+        type=click.Choice(["nf4", "fp4", "int4", "int8", "none"]),
         default="nf4",
         show_default=True,
         help="How the base is held.",
