@@ -26,6 +26,15 @@ NF4 = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The bounds are those of one order of summation; threads split sums in another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def load(folder, **keywords):
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, quantization_config=FourbitConfig(**(keywords or NF4))

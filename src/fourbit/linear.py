@@ -31,6 +31,7 @@ class QuantizedLinear(nn.Linear):
         in_features: K.
         out_features: N.
         bias: whether a bias exists; it is kept in 16 or 32 bits.
+        quant: the format; each class takes what concerns it.
         compute_dtype: dtype of the product; None multiplies in the dtype of ``x``.
         device: where the empty parameters are made (``meta`` while a model is being built).
         dtype: of the bias, and what `dequantize` returns by default.
@@ -45,6 +46,7 @@ class QuantizedLinear(nn.Linear):
         out_features: int,
         *,
         bias: bool,
+        quant: QuantConfig,
         compute_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -56,6 +58,7 @@ class QuantizedLinear(nn.Linear):
         self.original_dtype = dtype or torch.get_default_dtype()
         self.transposed_source = False
         self._kept: Tensor | None = None
+        self.adopt_format_(quant, device=device)
         self.bias = _frozen((out_features,), self.original_dtype, device) if bias else None
 
     @staticmethod
@@ -110,6 +113,10 @@ class QuantizedLinear(nn.Linear):
         return layer.train(linear.training)
 
     @abstractmethod
+    def adopt_format_(self, quant: QuantConfig, *, device: torch.device | str | None) -> None:
+        """Empties the layer for weights in the format of ``quant``."""
+
+    @abstractmethod
     def quantized(self, weight: Tensor, *, name: str) -> dict[str, Tensor]:
         """The parameters that represent ``weight`` ``[out, in]`` in this layer's format."""
 
@@ -144,40 +151,11 @@ class Linear4bit(QuantizedLinear):
     """A linear layer in NF4 or FP4, its scales quantized again on request.
 
     ``weight`` is uint8 ``[out, in/2]``, or ``[ceil(out*in/2), 1]`` when ``in_features`` is odd.
-
-    Args:
-        in_features: K.
-        out_features: N.
-        bias: whether a bias exists.
-        quant: data type, block size and double quantization.
-        compute_dtype: dtype of the product; None multiplies in the dtype of ``x``.
-        device: where the empty parameters are made.
-        dtype: of the bias, and what `dequantize` returns by default.
     """
 
     scale_names = ("weight_absmax", "weight_nested_absmax", "weight_nested_offset")
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        quant: QuantConfig,
-        compute_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias=bias,
-            compute_dtype=compute_dtype,
-            device=device,
-            dtype=dtype,
-        )
-        self.quant_storage = torch.uint8
-        self.adopt_format_(quant, device=device)
+    quant_storage = torch.uint8
+    """The dtype as which the packed bytes are written to disk."""
 
     def adopt_format_(self, quant: QuantConfig, *, device: torch.device | str | None) -> None:
         """Empties the layer for weights in the format of ``quant``."""
@@ -262,41 +240,16 @@ class Linear8bit(QuantizedLinear):
 
     ``weight`` is int8 ``[out, in]``, ``weight_absmax`` the bits of float32 ``[out]``. Columns of
     ``x`` that reach ``threshold`` are multiplied in 16 bits (arXiv 2208.07339, section 3).
-
-    Args:
-        in_features: K.
-        out_features: N.
-        bias: whether a bias exists.
-        quant: gives the threshold.
-        compute_dtype: dtype of the outliers' product and of the result; None takes that of ``x``.
-        device: where the empty parameters are made.
-        dtype: of the bias, and what `dequantize` returns by default.
+    ``compute_dtype`` is that of the outliers' product and of the result.
     """
 
     scale_names = ("weight_absmax",)
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        bias: bool,
-        quant: QuantConfig,
-        compute_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias=bias,
-            compute_dtype=compute_dtype,
-            device=device,
-            dtype=dtype,
-        )
+    def adopt_format_(self, quant: QuantConfig, *, device: torch.device | str | None) -> None:
+        """Empties the layer for INT8 weights."""
         self.threshold = quant.llm_int8_threshold
-        self.weight = _frozen((out_features, in_features), torch.int8, device)
-        self.weight_absmax = _frozen((out_features,), torch.int32, device)
+        self.weight = _frozen((self.out_features, self.in_features), torch.int8, device)
+        self.weight_absmax = _frozen((self.out_features,), torch.int32, device)
 
     def keep_fp16_weight_(self) -> None:
         """Empties the layer for a 16-bit weight that every forward quantizes anew.
