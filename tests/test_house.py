@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fourbit"
 # From the ground up; a room may import rooms on lower floors and on its own.
 FLOORS = [
     {"errors"},
-    {"files", "settings"},
+    {"files", "settings", "native"},
     {"codebook", "device", "shards", "rundir", "methods"},
     {"ops", "checkpoint"},
     {"quantize"},

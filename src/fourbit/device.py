@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from fourbit import native
 from fourbit.errors import InputError
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -63,10 +64,12 @@ def instruction_sets() -> tuple[str, ...]:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether bf16 products run in hardware.
 
-    Without avx512_bf16, AMX or ARM's bf16 a CPU emulates them, up to five times slower than fp32.
+    Without avx512_bf16, AMX or ARM's bf16 a CPU emulates them, up to five times slower than fp32;
+    so it does where torch or oneDNN are held to a smaller instruction set.
     """
     if device.type == "cpu":
-        return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(instruction_sets()))
+        found = {"avx512_bf16", "amx_bf16", "bf16"} & set(instruction_sets())
+        return bool(found) and native.bf16_allowed()
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip is not None
     return False

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# The import registers the default kernels: an op without one could be defined but not called.
+# The imports register kernels: an op without a default one could be defined but not called.
+from fourbit.ops import cpu as cpu
 from fourbit.ops import reference as reference
 from fourbit.ops import schema
 

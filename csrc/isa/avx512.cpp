@@ -1,0 +1,3 @@
+#define FB_NAMESPACE fb_avx512
+#define FB_ISA "avx512"
+#include "../kernels.h"

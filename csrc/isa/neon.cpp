@@ -1,0 +1,3 @@
+#define FB_NAMESPACE fb_neon
+#define FB_ISA "neon"
+#include "../kernels.h"

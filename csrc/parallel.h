@@ -1,0 +1,33 @@
+// Splitting work over threads. The caller passes the number of threads with every call, so that
+// torch.set_num_threads holds here too; with OpenMP the threads are torch's own.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace FB_NAMESPACE {
+
+// Calls body(begin, end, thread) on equal parts of [0, count), none smaller than `grain`.
+template <class Body>
+static inline void parallel(int64_t count, int64_t grain, int threads, const Body& body) {
+  if (count <= 0) return;
+  int64_t parts = std::min<int64_t>(threads, (count + grain - 1) / std::max<int64_t>(grain, 1));
+#ifdef _OPENMP
+  if (parts > 1 && !omp_in_parallel()) {
+#pragma omp parallel num_threads(static_cast<int>(parts))
+    {
+      // fewer threads may have been granted than asked for
+      int64_t given = omp_get_num_threads(), mine = omp_get_thread_num();
+      int64_t begin = count * mine / given, end = count * (mine + 1) / given;
+      if (begin < end) body(begin, end, static_cast<int>(mine));
+    }
+    return;
+  }
+#endif
+  body(0, count, 0);
+}
+
+}  // namespace FB_NAMESPACE

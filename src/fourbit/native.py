@@ -1,0 +1,135 @@
+"""The compiled kernels of ``csrc/``: found, asked for by name, called with plain pointers.
+
+Nothing is loaded before the first question. Without a library (no compiler when the package was
+built, an unknown CPU) every question is answered with None, and plain PyTorch serves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+_ABI = 1
+_ENDING = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+    "d": ctypes.c_double,
+}
+_CAPPED = {"DEFAULT": ("scalar", "neon"), "AVX2": ("scalar", "avx2")}
+"""Where ATEN_CPU_CAPABILITY holds torch to a smaller instruction set, these are what is left."""
+_ONEDNN_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE")
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The codes of csrc/kernels.h."""
+
+_chosen: list[str] = []
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    path = library_path()
+    if not path.is_file():
+        return None
+    try:
+        # torch first: its OpenMP is then the one that this library finds by name
+        library = ctypes.CDLL(str(path))
+        library.fb_isa.restype = ctypes.c_char_p
+        library.fb_isa.argtypes = [ctypes.c_int]
+        library.fb_kernel.restype = ctypes.c_void_p
+        library.fb_kernel.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
+        return library if library.fb_abi() == _ABI else None
+    except (OSError, AttributeError):
+        return None
+
+
+def library_path() -> Path:
+    """Where the build puts the library, whether or not it is there."""
+    return Path(__file__).with_name(f"libfourbit{_ENDING}")
+
+
+@lru_cache(maxsize=1)
+def supported() -> tuple[str, ...]:
+    """The instruction sets that both the library and this CPU have, weakest first."""
+    library = _library()
+    if library is None:
+        return ()
+    names = []
+    while (name := library.fb_isa(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
+
+
+def isa() -> str | None:
+    """The instruction set in use: the best one that torch and oneDNN are not kept from using.
+
+    ``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` are their own switches.
+    """
+    return _chosen[-1] if _chosen else _best()
+
+
+@lru_cache(maxsize=1)
+def _best() -> str | None:
+    names = supported()
+    allowed = _CAPPED.get(torch.backends.cpu.get_cpu_capability())
+    if allowed is not None:
+        names = tuple(name for name in names if name in allowed)
+    if not bf16_allowed():
+        names = tuple(name for name in names if name != "avx512_bf16")
+    return names[-1] if names else None
+
+
+def bf16_allowed() -> bool:
+    """Whether oneDNN, which multiplies large matrices, may use the CPU's bf16 instructions."""
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL"))
+    return cap.upper() not in _ONEDNN_WITHOUT_BF16 and (
+        torch.backends.cpu.get_cpu_capability() not in _CAPPED
+    )
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Inside, kernels of the instruction set ``name`` (one of `supported`) are used."""
+    assert name in supported()
+    _chosen.append(name)
+    try:
+        yield
+    finally:
+        _chosen.pop()
+
+
+def kernel(name: str, arguments: str) -> Callable[..., None]:
+    """The C function ``name`` of csrc/table.h for the instruction set in use.
+
+    Args:
+        name: as in the table.
+        arguments: a letter each: p pointer, l int64, i int, f float, d double. Tensors are passed
+            as their ``data_ptr()``, absent ones as None.
+
+    Raises:
+        LookupError: no library, or none of this name; ask `isa` first.
+    """
+    chosen = isa()
+    if chosen is None:
+        raise LookupError(name)
+    return _function(chosen, name, arguments)
+
+
+@lru_cache(maxsize=1024)
+def _function(chosen: str, name: str, arguments: str) -> Callable[..., None]:
+    library = _library()
+    assert library is not None
+    address = library.fb_kernel(chosen.encode(), name.encode())
+    if not address:
+        raise LookupError(f"{name} for {chosen}")
+    prototype = ctypes.CFUNCTYPE(None, *(_TYPES[letter] for letter in arguments))
+    return prototype(address)

@@ -1,0 +1,35 @@
+"""How a CPU kernel takes its place before the plain PyTorch one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fourbit import native
+from fourbit.ops.schema import LIBRARY
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+def cpu_kernel(name: str) -> Callable[[_Fn], _Fn]:
+    """Registers the CPU kernel of an op where there is a library to call."""
+
+    def register(function: _Fn) -> _Fn:
+        if native.isa() is not None:
+            LIBRARY.impl(name, function, "CPU")
+        return function
+
+    return register
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of the first element; None for no tensor."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def threads() -> int:
+    """How many threads a kernel may use: as many as torch."""
+    return torch.get_num_threads()
