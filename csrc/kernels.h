@@ -1,6 +1,8 @@
 // All kernels, compiled once for each instruction set: `isa/*.cpp` set FB_NAMESPACE and include this.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 #include "parallel.h"
 #include "table.h"
@@ -20,7 +22,10 @@ static inline void by_type(int dtype, const Body& body) {
 
 }  // namespace FB_NAMESPACE
 
+#include "kernels/activation.h"
+#include "kernels/dropout.h"
 #include "kernels/norm.h"
+#include "kernels/rotary.h"
 
 namespace FB_NAMESPACE {
 

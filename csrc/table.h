@@ -1,9 +1,15 @@
 // The kernels that every instruction set offers, and how they are found by name.
 #pragma once
 
-#define FB_KERNELS(X) \
-  X(rms_norm)         \
-  X(rms_norm_backward)
+#define FB_KERNELS(X)    \
+  X(rms_norm)            \
+  X(rms_norm_backward)   \
+  X(layer_norm)          \
+  X(layer_norm_backward) \
+  X(rotate)              \
+  X(activate)            \
+  X(activate_backward)   \
+  X(dropout)
 
 namespace fb {
 

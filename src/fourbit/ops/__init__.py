@@ -11,6 +11,8 @@ from torch import Tensor
 from fourbit.ops import cpu as cpu
 from fourbit.ops import reference as reference
 from fourbit.ops import schema
+from fourbit.ops.reference import dropout_threshold as dropout_threshold
+from fourbit.ops.schema import dropout_mask as dropout_mask
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
@@ -31,6 +33,15 @@ def dequantize_4bit(
 ) -> Tensor:
     """The weight as ``shape`` in ``dtype``."""
     return torch.ops.fourbit.dequantize_4bit(*scales, blocksize, quant_type, list(shape), dtype)
+
+
+def dequantize_into(scales: Scales, *, blocksize: int, quant_type: str, out: Tensor) -> None:
+    """The weight into a contiguous tensor of its shape, in that tensor's dtype."""
+    out.copy_(
+        dequantize_4bit(
+            scales, blocksize=blocksize, quant_type=quant_type, shape=out.shape, dtype=out.dtype
+        )
+    )
 
 
 def linear_4bit(
