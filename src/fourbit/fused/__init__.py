@@ -11,5 +11,6 @@ from fourbit.fused.mlp import mlp_block as mlp_block
 from fourbit.fused.parts import Heads as Heads
 from fourbit.fused.parts import Norm as Norm
 from fourbit.fused.parts import Projection as Projection
+from fourbit.fused.parts import observer as observer
 from fourbit.fused.parts import paths as paths
 from fourbit.fused.parts import record_path as record_path

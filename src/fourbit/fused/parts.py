@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from fourbit import ops
 from fourbit.linear import Linear4bit
 
 _PATH = "_fourbit_path"
+_OBSERVES = "_fourbit_observes"
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,17 @@ class Projection:
     def plain_weight(self) -> Tensor | None:
         """The weight itself where it is not packed."""
         return None if isinstance(self.base, Linear4bit) else self.base.weight.detach()
+
+
+def observer(hook: Callable[..., None]) -> Callable[..., None]:
+    """Marks a forward pre-hook that only looks: fused layers call it instead of giving way."""
+    setattr(hook, _OBSERVES, True)
+    return hook
+
+
+def only_observes(hook: object) -> bool:
+    """Whether a hook is one that `observer` marked."""
+    return hasattr(hook, _OBSERVES)
 
 
 def draw_seeds(projections: tuple[Projection, ...]) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fourbit import native
 from fourbit.fused import (
@@ -27,7 +28,7 @@ from fourbit.fused import (
     mlp_block,
     record_path,
 )
-from fourbit.fused.parts import draw_seeds
+from fourbit.fused.parts import draw_seeds, only_observes
 from fourbit.fused.projection import Group
 from fourbit.fused.residual import Residual
 from fourbit.integrations.anatomy import (
@@ -42,10 +43,10 @@ from fourbit.integrations.anatomy import (
     residual_scale,
 )
 from fourbit.integrations.attention import NAME as ATTENTION
+from fourbit.integrations.attention import use_native_attention
 from fourbit.integrations.peft import LoraLinear4bit, plain_adapter
 from fourbit.linear import Linear4bit
 
-_OBSERVES = "_fourbit_observes"
 _TOO_SLOW = ("scalar",)
 """Instruction sets for which torch's own operations are faster than our kernels."""
 
@@ -54,10 +55,14 @@ class _Generic(Exception):
     """Why a layer is left to transformers."""
 
 
-def observer(hook: Any) -> Any:
-    """Marks a forward pre-hook that only looks: fused layers call it instead of giving way."""
-    setattr(hook, _OBSERVES, True)
-    return hook
+def use_fast_paths(model: PreTrainedModel) -> None:
+    """Native attention wherever transformers' interface is used, fused layers where they are known.
+
+    Only on a CPU for which there are kernels, and only for an attention that nobody chose; what is
+    computed stays the same.
+    """
+    if use_native_attention(model):
+        use_fused_layers(model)
 
 
 def use_fused_layers(model: nn.Module) -> int:
@@ -203,7 +208,7 @@ def _require_untouched(*modules: nn.Module) -> None:
             or module._backward_hooks
             or module._backward_pre_hooks
             or "forward" in module.__dict__
-            or any(not hasattr(hook, _OBSERVES) for hook in module._forward_pre_hooks.values())
+            or not all(map(only_observes, module._forward_pre_hooks.values()))
         ):
             raise _Generic("hooks inside")
 
