@@ -1,6 +1,8 @@
 // All kernels, compiled once for each instruction set: `isa/*.cpp` set FB_NAMESPACE and include this.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 #include "parallel.h"
 #include "table.h"
@@ -20,6 +22,7 @@ static inline void by_type(int dtype, const Body& body) {
 
 }  // namespace FB_NAMESPACE
 
+#include "kernels/attention_backward.h"
 #include "kernels/norm.h"
 
 namespace FB_NAMESPACE {
