@@ -2,14 +2,17 @@
 #pragma once
 
 #define FB_KERNELS(X)    \
-  X(rms_norm)            \
-  X(rms_norm_backward)   \
-  X(layer_norm)          \
-  X(layer_norm_backward) \
-  X(rotate)              \
   X(activate)            \
   X(activate_backward)   \
-  X(dropout)
+  X(attention_backward)  \
+  X(attention_forward)   \
+  X(attention_scratch)   \
+  X(dropout)             \
+  X(layer_norm)          \
+  X(layer_norm_backward) \
+  X(rms_norm)            \
+  X(rms_norm_backward)   \
+  X(rotate)
 
 namespace fb {
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 # The imports register kernels: an op without a default one could be defined but not called.
+from fourbit.ops import attention_schema as attention_schema
 from fourbit.ops import cpu as cpu
 from fourbit.ops import reference as reference
 from fourbit.ops import schema
