@@ -20,7 +20,12 @@ FLOORS = [
     {"quantize"},
     {"linear", "absmax"},
     {"lora", "loss", "optim", "prompts", "bnb_format", "experts", "fused"},
-    {"integrations.config", "integrations.experts", "integrations.anatomy", "integrations.attention"},
+    {
+        "integrations.config",
+        "integrations.experts",
+        "integrations.anatomy",
+        "integrations.attention",
+    },
     {"integrations.starts", "integrations.merging", "integrations.names"},
     {"integrations.tuners"},
     {"integrations.peft", "integrations.prompts"},

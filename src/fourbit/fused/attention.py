@@ -14,7 +14,7 @@ from fourbit.fused.primitives import normalize, normalize_backward, rotate_, sta
 from fourbit.fused.projection import Group, split_adapters
 from fourbit.fused.residual import Residual
 from fourbit.fused.scratch import SCRATCH
-import fourbit.ops.attention as native_attention
+from fourbit.ops.attention import attention_backward, attention_forward
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Attention(torch.autograd.Function):
         turned, head_statistics = block.positioned(raw)
         q, k, v = block.split(turned)
         o = x.new_empty(x.shape[0], block.heads.widths[0])
-        lse = native_attention.attention_forward(
+        lse = attention_forward(
             q,
             k,
             v,
@@ -158,7 +158,7 @@ class _Attention(torch.autograd.Function):
         grad_qkv = SCRATCH.take("grad qkv", tuple(raw.shape), x)
         q, k, v = block.split(turned)
         dq, dk, dv = block.split(grad_qkv)
-        native_attention.attention_backward(
+        attention_backward(
             grad_o.view(q.shape),
             q,
             k,

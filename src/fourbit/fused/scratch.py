@@ -7,6 +7,7 @@ import threading
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Scratch(threading.local):
@@ -21,6 +22,8 @@ class Scratch(threading.local):
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A contiguous tensor of ``shape`` with the dtype and device of ``like``."""
+        if isinstance(like, FakeTensor):
+            return like.new_empty(shape)  # a plan's tensors, which must not meet real ones
         count = math.prod(shape)
         key = (name, like.dtype, like.device)
         buffer = self._buffers.get(key)

@@ -170,7 +170,8 @@ def plain_adapter(layer: PeftLoraLinear) -> tuple[Tensor, Tensor, float, float] 
     A, B = _weight(layer.lora_A[name]), _weight(layer.lora_B[name])
     if name in starts:
         A = torch.cat([A, starts[name].to(A.dtype)])
-        B = torch.cat([B, -layer.lora_start_B[name].to(B.dtype)], dim=1)
+        ends = getattr(layer, "lora_start_B")  # noqa: B009  # there whenever the other is
+        B = torch.cat([B, -ends[name].to(B.dtype)], dim=1)
     return A, B, layer.scaling[name], probability
 
 
