@@ -8,7 +8,7 @@
 namespace FB_NAMESPACE {
 
 // How activations arrive: the codes that `fourbit.native` passes.
-enum DType : int { kFloat32 = 0, kBfloat16 = 1 };
+enum DType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 template <class Body>
 static inline void by_type(int dtype, const Body& body) {
@@ -20,7 +20,9 @@ static inline void by_type(int dtype, const Body& body) {
 
 }  // namespace FB_NAMESPACE
 
+#include "half.h"
 #include "kernels/norm.h"
+#include "kernels/quantize.h"
 
 namespace FB_NAMESPACE {
 

@@ -3,7 +3,15 @@
 
 #define FB_KERNELS(X) \
   X(rms_norm)         \
-  X(rms_norm_backward)
+  X(rms_norm_backward) \
+  X(quantize_4bit) \
+  X(dequantize_4bit) \
+  X(quantize_absmax) \
+  X(quantize_int8) \
+  X(dequantize_int8) \
+  X(quantize_activations) \
+  X(finish_int8) \
+  X(count_nonfinite)
 
 namespace fb {
 

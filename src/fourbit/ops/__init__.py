@@ -11,6 +11,7 @@ from torch import Tensor
 from fourbit.ops import cpu as cpu
 from fourbit.ops import reference as reference
 from fourbit.ops import schema
+from fourbit.ops.cpu import quantize as cpu_quantize
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
@@ -31,6 +32,23 @@ def dequantize_4bit(
 ) -> Tensor:
     """The weight as ``shape`` in ``dtype``."""
     return torch.ops.fourbit.dequantize_4bit(*scales, blocksize, quant_type, list(shape), dtype)
+
+
+def dequantize_into(
+    scales: Scales, *, blocksize: int, quant_type: str, out: Tensor, first: int = 0
+) -> Tensor:
+    """Fills ``out``, contiguous, with the weights from flat index ``first`` on, in its dtype.
+
+    For callers that expand one weight after the other into the same memory; not for graphs.
+    """
+    return cpu_quantize.dequantize_into(
+        scales, blocksize=blocksize, quant_type=quant_type, out=out, first=first
+    )
+
+
+def count_nonfinite(x: Tensor) -> tuple[int, int]:
+    """``(first flat index, count)`` of NaN and Inf in ``x``; the index is past the end if none."""
+    return cpu_quantize.count_nonfinite(x)
 
 
 def linear_4bit(

@@ -5,3 +5,4 @@ rest (another dtype, an odd layout) to the plain PyTorch one.
 """
 
 from fourbit.ops.cpu import norm as norm
+from fourbit.ops.cpu import quantize as quantize
