@@ -14,6 +14,7 @@ from fourbit.ops import reference as reference
 from fourbit.ops import schema
 from fourbit.ops.reference import dropout_threshold as dropout_threshold
 from fourbit.ops.schema import dropout_mask as dropout_mask
+from fourbit.ops.cpu import quantize as cpu_quantize
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
@@ -36,13 +37,21 @@ def dequantize_4bit(
     return torch.ops.fourbit.dequantize_4bit(*scales, blocksize, quant_type, list(shape), dtype)
 
 
-def dequantize_into(scales: Scales, *, blocksize: int, quant_type: str, out: Tensor) -> None:
-    """The weight into a contiguous tensor of its shape, in that tensor's dtype."""
-    out.copy_(
-        dequantize_4bit(
-            scales, blocksize=blocksize, quant_type=quant_type, shape=out.shape, dtype=out.dtype
-        )
+def dequantize_into(
+    scales: Scales, *, blocksize: int, quant_type: str, out: Tensor, first: int = 0
+) -> Tensor:
+    """Fills ``out``, contiguous, with the weights from flat index ``first`` on, in its dtype.
+
+    For callers that expand one weight after the other into the same memory; not for graphs.
+    """
+    return cpu_quantize.dequantize_into(
+        scales, blocksize=blocksize, quant_type=quant_type, out=out, first=first
     )
+
+
+def count_nonfinite(x: Tensor) -> tuple[int, int]:
+    """``(first flat index, count)`` of NaN and Inf in ``x``; the index is past the end if none."""
+    return cpu_quantize.count_nonfinite(x)
 
 
 def linear_4bit(
