@@ -20,6 +20,7 @@ static inline void by_type(int dtype, const Body& body) {
 
 }  // namespace FB_NAMESPACE
 
+#include "kernels/loss.h"
 #include "kernels/norm.h"
 
 namespace FB_NAMESPACE {

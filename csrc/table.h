@@ -1,8 +1,9 @@
 // The kernels that every instruction set offers, and how they are found by name.
 #pragma once
 
-#define FB_KERNELS(X) \
-  X(rms_norm)         \
+#define FB_KERNELS(X)   \
+  X(cross_entropy_rows) \
+  X(rms_norm)           \
   X(rms_norm_backward)
 
 namespace fb {
