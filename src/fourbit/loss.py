@@ -32,6 +32,54 @@ class LogitTransform:
     softcap: float | None = None
 
 
+def _sum_and_gradients(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    labels_T: Tensor,
+    transform: LogitTransform,
+    *,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The float32 sum of losses, and the gradients of it that are needed.
+
+    Args:
+        tensors: hidden states ``[T, H]``, head ``[V, H]`` and its bias ``[V]``.
+        labels_T: -100 is not supervised.
+        transform: softcap and scale of the logits.
+        needs: for which of the tensors a gradient is made.
+    """
+    hidden_TH, weight_VH, bias_V = tensors
+    weight = weight_VH.to(hidden_TH.dtype)
+    bias = None if bias_V is None else bias_V.to(hidden_TH.dtype)
+    # positions that are not supervised keep the gradient 0
+    grad_hidden = torch.zeros_like(hidden_TH) if needs[0] else None
+    grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs[1] else None
+    grad_bias = torch.zeros(weight_VH.shape[0], device=weight.device) if needs[2] else None
+    total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
+    for positions, chunk, logits in _chunks(hidden_TH, labels_T, weight.shape[0]):
+        if bias is None:
+            torch.mm(chunk, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, chunk, weight.t(), out=logits)
+        losses = cross_entropy_rows_(
+            logits,
+            labels_T[positions],
+            scale=transform.scale,
+            softcap=transform.softcap,
+            gradient=any(needs),
+        )
+        total += losses.sum(dtype=torch.float64)
+        grad = logits
+        if grad_bias is not None:
+            grad_bias += grad.sum(0, dtype=torch.float32)
+        if grad_hidden is not None and isinstance(positions, slice):
+            torch.mm(grad, weight, out=grad_hidden[positions])
+        elif grad_hidden is not None:
+            grad_hidden[positions] = grad @ weight
+        if grad_weight is not None:
+            grad_weight += grad.t() @ chunk
+    return total.float(), (grad_hidden, grad_weight, grad_bias)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of token losses; saves only gradients of the sum."""
 
@@ -44,38 +92,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         transform: LogitTransform,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        weight = weight_VH.to(hidden_TH.dtype)
-        bias = None if bias_V is None else bias_V.to(hidden_TH.dtype)
-        # positions that are not supervised keep the gradient 0
-        grad_hidden = torch.zeros_like(hidden_TH) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros(weight_VH.shape[0], device=weight.device) if needs_bias else None
-        total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
-        for positions, chunk, logits in _chunks(hidden_TH, labels_T, weight.shape[0]):
-            if bias is None:
-                torch.mm(chunk, weight.t(), out=logits)
-            else:
-                torch.addmm(bias, chunk, weight.t(), out=logits)
-            total += cross_entropy_rows_(
-                logits,
-                labels_T[positions],
-                scale=transform.scale,
-                softcap=transform.softcap,
-                gradient=needs_hidden or needs_weight or needs_bias,
-            ).sum(dtype=torch.float64)
-            grad = logits
-            if grad_bias is not None:
-                grad_bias += grad.sum(0, dtype=torch.float32)
-            if grad_hidden is not None and isinstance(positions, slice):
-                torch.mm(grad, weight, out=grad_hidden[positions])
-            elif grad_hidden is not None:
-                grad_hidden[positions] = grad @ weight
-            if grad_weight is not None:
-                grad_weight += grad.t() @ chunk
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        total, gradients = _sum_and_gradients(
+            (hidden_TH, weight_VH, bias_V), labels_T, transform, needs=ctx.needs_input_grad[:3]
+        )
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        return total.float()
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -100,7 +122,8 @@ def _chunks(
     """
     supervised = (labels_T != IGNORE).nonzero().squeeze(1)
     count = supervised.numel()
-    rows = max(1, min(count, _CHUNK_BYTES // (4 * vocab)))
+    chunks = -(-count // max(1, _CHUNK_BYTES // (4 * vocab)))
+    rows = -(-count // max(1, chunks))  # no last chunk of a few rows: it would cost as much
     logits = hidden_TH.new_empty((rows, vocab))
     for start in range(0, count, rows):
         stop = min(start + rows, count)
@@ -130,13 +153,12 @@ def linear_cross_entropy(
     Returns:
         A float32 scalar, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
-    return _ChunkedCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        labels.reshape(-1),
-        transform or LogitTransform(),
-    )
+    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    how = transform or LogitTransform()
+    if not torch.is_grad_enabled():
+        tensors = flat_hidden, weight, bias
+        return _sum_and_gradients(tensors, flat_labels, how, needs=(False, False, False))[0]
+    return _ChunkedCrossEntropy.apply(flat_hidden, weight, bias, flat_labels, how)
 
 
 def logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
