@@ -26,6 +26,7 @@ static inline void by_type(int dtype, const Body& body) {
 #include "kernels/activation.h"
 #include "kernels/dropout.h"
 #include "kernels/attention_backward.h"
+#include "kernels/loss.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
 #include "kernels/quantize.h"

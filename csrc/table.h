@@ -8,6 +8,7 @@
   X(attention_forward)    \
   X(attention_scratch)    \
   X(count_nonfinite)      \
+  X(cross_entropy_rows)   \
   X(dequantize_4bit)      \
   X(dequantize_int8)      \
   X(dropout)              \
