@@ -2,10 +2,10 @@
 #pragma once
 
 #define FB_KERNELS(X) \
-  X(rms_norm)         \
-  X(rms_norm_backward) \
-  X(attention_scratch) \
-  X(attention_forward) \
+  X(rms_norm)           \
+  X(rms_norm_backward)  \
+  X(attention_scratch)  \
+  X(attention_forward)  \
   X(attention_backward)
 
 namespace fb {

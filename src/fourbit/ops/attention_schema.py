@@ -59,15 +59,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _backward(ctx: Any, grad_o: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
     if grad_o is None:
         return (None,) * 6
-    grads = torch.ops.fourbit.attention_backward(
-        grad_o, *ctx.saved_tensors, ctx.scale, ctx.softcap
-    )
+    grads = torch.ops.fourbit.attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.softcap)
     return (*grads, None, None, None)
 
 
-torch.library.register_autograd(
-    "fourbit::attention", _backward, setup_context=_setup, lib=LIBRARY
-)
+torch.library.register_autograd("fourbit::attention", _backward, setup_context=_setup, lib=LIBRARY)
 
 
 def _by_group(tensor: Tensor, kv_heads: int) -> Tensor:
