@@ -307,13 +307,13 @@ static void choose_kernel(int dtype, float softcap, const Body& body) {
 
 }  // namespace attend
 
-// Bytes of scratch that attention_forward, or attention_backward, needs for this layout.
-static void attention_scratch(const int64_t* layout, int64_t* bytes, int backward, int dtype,
+// Floats of scratch that attention_forward, or attention_backward, needs for this layout.
+static void attention_scratch(const int64_t* layout, int64_t* floats, int backward, int dtype,
                               int threads) {
   attend::choose_kernel(dtype, 0, [&](auto zero, auto pairs, auto) {
     using T = decltype(zero);
-    *bytes = 4 * attend::scratch_floats<decltype(pairs)::value, T>(attend::Shape(layout), backward,
-                                                                   threads);
+    *floats = attend::scratch_floats<decltype(pairs)::value, T>(attend::Shape(layout), backward,
+                                                                threads);
   });
 }
 

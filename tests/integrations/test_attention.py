@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import VOCAB, gradients, tiny_config, tiny_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -20,6 +19,7 @@ from fourbit.integrations.attention import (
     visible_ranges,
 )
 from fourbit.integrations.transformers import enable_checkpointing
+from models import VOCAB, gradients, tiny_config, tiny_model
 
 pytestmark = pytest.mark.skipif(not native.supported(), reason="no compiled library")
 
