@@ -167,23 +167,22 @@ class Forward {
     const float* keys = keys_ + key * depth_ + low * kLanes;
     product<P, Into::kStore>({queries_ + row * depth_, depth_, 1}, {keys, kBlock}, depth_,
                              high - low, scores_ + low * kLanes, kBlock);
-    alignas(64) float factor[kLanes] = {};
     if (span.all_see(key + low * kLanes, key + high * kLanes))
-      weigh<Capped, false>(visible, curve, span, row, key, low, high, factor);
+      weigh<Capped, false>(visible, curve, span, row, key, low, high);
     else
-      weigh<Capped, true>(visible, curve, span, row, key, low, high, factor);
+      weigh<Capped, true>(visible, curve, span, row, key, low, high);
     const int64_t skipped = low * kLanes / kStep<P>;
     const float* values = values_ + (key / kStep<P> + skipped) * wide_;
-    product<P, Into::kRescale>({weights_ + skipped, kBlock / kStep<P>, 1}, {values, wide_},
-                               (high - low) * kLanes / kStep<P>, wide_ / kLanes,
-                               out_ + row * wide_, wide_, factor);
+    product<P, Into::kAdd>({weights_ + skipped, kBlock / kStep<P>, 1}, {values, wide_},
+                           (high - low) * kLanes / kStep<P>, wide_ / kLanes, out_ + row * wide_,
+                           wide_);
   }
 
-  // Scores to weights, relative to the largest score so far; `factor` brings older sums there.
+  // Scores to weights, relative to the largest score so far; older sums are brought there.
   template <bool Capped, bool Masked>
   FB_INLINE_MEMBER void weigh(const Visible& visible, const Curve& curve, const Span& span,
-                              int64_t row, int64_t key, int low, int high, float* factor) {
-    alignas(64) float largest[kLanes];
+                              int64_t row, int64_t key, int low, int high) {
+    alignas(64) float largest[kLanes], bases[kLanes], factor[kLanes];
     for (int i = 0; i < kLanes; ++i) largest[i] = -INFINITY;
     for (int m = 0; m < kRows; ++m) {
       vf top = splat(-INFINITY);
@@ -200,10 +199,14 @@ class Forward {
     // a query that has seen nothing yet keeps sums of 0 instead of exponents of inf - inf
     vf base = choose(now == splat(-INFINITY), splat(0.0f), now);
     vf shrink = exp2_of(before - base);
-    alignas(64) float bases[kLanes];
     store(factor, shrink);
     store(bases, base);
-    for (int m = 0; m < kRows; ++m) maxima_[row + m] = now[m];
+    for (int m = 0; m < kRows; ++m) {
+      if (maxima_[row + m] == bases[m]) continue;
+      maxima_[row + m] = now[m];
+      float* sums = out_ + (row + m) * wide_;
+      for (int64_t n = 0; n < wide_; n += kLanes) store(sums + n, load(sums + n) * splat(factor[m]));
+    }
     for (int m = 0; m < kRows; ++m) {
       float* sums = sums_ + (row + m) * kLanes;
       vf sum = load(sums) * splat(factor[m]);

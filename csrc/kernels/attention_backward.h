@@ -92,14 +92,10 @@ class Backward {
   void prepare(const Gradients<T>& x, int64_t b, int64_t h, int64_t t, int64_t count) {
     const float* lse = x.lse + (b * s_.heads + h) * s_.length + t;
     for (int64_t row = 0; row < kBlock; ++row) {
-      float sum = 0;
-      if (row < count) {
-        const T *g = x.g.at(b, t + row, h), *o = x.o.at(b, t + row, h);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < s_.value_width; ++j) sum += to_float(g[j]) * to_float(o[j]);
-      }
-      delta_[row] = sum;
-      lse_[row] = row < count ? lse[row] * kLog2e : INFINITY;
+      const bool inside = row < count;
+      delta_[row] =
+          inside ? dot(x.g.at(b, t + row, h), x.o.at(b, t + row, h), s_.value_width) : 0.0f;
+      lse_[row] = inside ? lse[row] * kLog2e : INFINITY;
     }
   }
 
@@ -311,13 +307,13 @@ static void choose_kernel(int dtype, float softcap, const Body& body) {
 
 }  // namespace attend
 
-// Bytes of scratch that attention_forward, or attention_backward, needs for this layout.
-static void attention_scratch(const int64_t* layout, int64_t* bytes, int backward, int dtype,
+// Floats of scratch that attention_forward, or attention_backward, needs for this layout.
+static void attention_scratch(const int64_t* layout, int64_t* floats, int backward, int dtype,
                               int threads) {
   attend::choose_kernel(dtype, 0, [&](auto zero, auto pairs, auto) {
     using T = decltype(zero);
-    *bytes = 4 * attend::scratch_floats<decltype(pairs)::value, T>(attend::Shape(layout), backward,
-                                                                   threads);
+    *floats = attend::scratch_floats<decltype(pairs)::value, T>(attend::Shape(layout), backward,
+                                                                threads);
   });
 }
 

@@ -109,6 +109,34 @@ FB_INLINE float largest_of(vf value) {
 #endif
 }
 
+FB_INLINE vf widen(const float* from) { return load(from); }
+
+FB_INLINE vf widen(const bf16* from) {
+#if defined(__AVX512F__)
+  __m256i half;
+  std::memcpy(&half, from, sizeof(half));
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+#elif defined(__AVX2__)
+  __m128i half;
+  std::memcpy(&half, from, sizeof(half));
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
+#else
+  vf value;
+  for (int i = 0; i < kLanes; ++i) value[i] = to_float(from[i]);
+  return value;
+#endif
+}
+
+template <class T>
+static float dot(const T* a, const T* b, int64_t width) {
+  vf sums = {};
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) sums = mul_add(widen(a + j), widen(b + j), sums);
+  float sum = sum_of(sums);
+  for (; j < width; ++j) sum += to_float(a[j]) * to_float(b[j]);
+  return sum;
+}
+
 // 2^x for x up to 127, within 2e-7 of it; 0 below -126 (-149 with AVX-512), NaN stays NaN.
 FB_INLINE vf exp2_of(vf x) {
   vf clamped = larger(splat(-160.0f), x);
@@ -165,18 +193,16 @@ struct Right {
   int64_t k_step;
 };
 
-enum class Into { kStore, kAdd, kRescale };
+enum class Into { kStore, kAdd };
 
 template <bool P, Into into, int N>
-FB_INLINE void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step, const float* factor) {
+FB_INLINE void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step) {
   vf acc[kRows][N];
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
+    for (int n = 0; n < N; ++n)
       acc[m][n] = into == Into::kStore ? vf{} : load(c + m * c_step + n * kLanes);
-      if constexpr (into == Into::kRescale) acc[m][n] *= splat(factor[m]);
-    }
   for (int64_t k = 0; k < depth; ++k) {
     vf right[N];
 #pragma GCC unroll 4
@@ -196,16 +222,14 @@ FB_INLINE void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step, co
     for (int n = 0; n < N; ++n) store(c + m * c_step + n * kLanes, acc[m][n]);
 }
 
-// c[kRows, vectors * kLanes] (+)= a[kRows, depth] * b[depth, ...]; kRescale multiplies row m of c
-// with factor[m] first.
+// c[kRows, vectors * kLanes] (+)= a[kRows, depth] * b[depth, ...].
 template <bool P, Into into>
-FB_INLINE void product(Left a, Right b, int64_t depth, int64_t vectors, float* c, int64_t c_step,
-                       const float* factor = nullptr) {
+FB_INLINE void product(Left a, Right b, int64_t depth, int64_t vectors, float* c, int64_t c_step) {
   int64_t n = 0;
   for (; n + 2 <= vectors; n += 2)
-    tile<P, into, 2>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step, factor);
+    tile<P, into, 2>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
   if (n < vectors)
-    tile<P, into, 1>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step, factor);
+    tile<P, into, 1>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
 }
 
 // --- packing: T is how the tensor is stored, P whether cells are pairs ---
@@ -253,19 +277,57 @@ static void pack_rows(float* out, const T* in, int64_t step, int64_t count, int6
   std::memset(out + count * depth, 0, (total - count) * depth * sizeof(float));
 }
 
+#if defined(__AVX512F__)
+// Sixteen rows of sixteen cells to as many columns.
+FB_INLINE void transpose(vf (&rows)[16]) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high =
+      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  // four times, the halves of the sequence of all cells are shuffled like two packs of cards
+#pragma GCC unroll 4
+  for (int pass = 0; pass < 4; ++pass) {
+    vf next[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      next[2 * i] = _mm512_permutex2var_ps(rows[i], low, rows[i + 8]);
+      next[2 * i + 1] = _mm512_permutex2var_ps(rows[i], high, rows[i + 8]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) rows[i] = next[i];
+  }
+}
+
+// kLanes cells of a row from the k-th on.
+template <bool P, class T>
+FB_INLINE vf cells_at(const T* row, int64_t k) {
+  if constexpr (P)
+    return load(reinterpret_cast<const float*>(row) + k);
+  else
+    return widen(row + k);
+}
+#endif
+
 // Columns: out[cells(width)][kBlock], columns past `count` zero.
 template <bool P, class T>
 static void pack_columns(float* out, const T* in, int64_t step, int64_t count, int64_t width) {
   const int64_t depth = cells<P>(width);
-  // sixteen cells of a row at a time: they share a cache line, and so do the columns they go to
-  for (int64_t start = 0; start < depth; start += 16) {
-    const int64_t stop = std::min(start + 16, depth);
-    for (int64_t row = 0; row < count; ++row) {
-      const T* from = in + row * step;
-      for (int64_t k = start; k < stop; ++k) out[k * kBlock + row] = cell_of<P>(from, k, width);
+  for (int64_t row = 0; row < kBlock; row += 16) {
+    int64_t k = 0;
+#if defined(__AVX512F__)
+    if (row + 16 <= count) {
+      for (; (k + 16) * kStep<P> <= width; k += 16) {
+        vf block[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) block[i] = cells_at<P>(in + (row + i) * step, k);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) store(out + (k + i) * kBlock + row, block[i]);
+      }
     }
-    for (int64_t k = start; k < stop; ++k)
-      for (int64_t row = count; row < kBlock; ++row) out[k * kBlock + row] = 0.0f;
+#endif
+    for (; k < depth; ++k)
+      for (int64_t i = row; i < row + 16; ++i)
+        out[k * kBlock + i] = i < count ? cell_of<P>(in + i * step, k, width) : 0.0f;
   }
 }
 

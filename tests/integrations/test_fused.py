@@ -16,7 +16,7 @@ from fourbit import native
 from fourbit.fused import observer, paths
 from fourbit.fused.scratch import SCRATCH, Scratch
 from fourbit.integrations.anatomy import known_layers
-from fourbit.integrations.attention import NAME
+from fourbit.integrations.attention import NAME, register
 from fourbit.integrations.fused import fused_class, use_fast_paths
 from fourbit.integrations.transformers import enable_checkpointing, quantize_model
 from fourbit.quantize import QuantConfig
@@ -88,6 +88,7 @@ def inner(model: nn.Module) -> PreTrainedModel:
 def fuse(model: nn.Module) -> nn.Module:
     """Our layers whatever the instruction set, which `use_fast_paths` may find too slow."""
     base = inner(model)
+    register()
     base.set_attn_implementation(NAME)
     for layer in known_layers(base):
         layer.__class__ = fused_class(type(layer))

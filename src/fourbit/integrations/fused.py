@@ -43,7 +43,7 @@ from fourbit.integrations.anatomy import (
     residual_scale,
 )
 from fourbit.integrations.attention import NAME as ATTENTION
-from fourbit.integrations.attention import use_native_attention
+from fourbit.integrations.attention import use_native_attention, visible_ranges
 from fourbit.integrations.peft import LoraLinear4bit, plain_adapter
 from fourbit.linear import Linear4bit
 
@@ -248,12 +248,10 @@ def _rotary(
 
 
 def _first(mask: Any, x: Tensor) -> Tensor | None:
-    """The mask as our attention knows it: none, or the first key each query sees."""
-    if mask is None:
-        return None
-    if mask.dtype != torch.int32 or mask.dim() != 2:
-        raise _Generic("another mask")
-    return mask.expand(x.shape[0], -1).contiguous()
+    known, first = visible_ranges(mask)
+    if not known:
+        raise _Generic("a mask of another kind")
+    return None if first is None else first.expand(x.shape[0], -1).contiguous()
 
 
 def _projections(module: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Projection, ...]:

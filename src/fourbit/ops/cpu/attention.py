@@ -87,7 +87,7 @@ def _scratch(layout: ctypes.Array, dtype: torch.dtype, *, backward: bool) -> Ten
         native.DTYPES[dtype],
         threads(),
     )
-    return torch.empty(size.value, dtype=torch.uint8)
+    return torch.empty(size.value)
 
 
 def fits(*tensors: Tensor) -> bool:
