@@ -132,7 +132,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = Fal
         return
     half = rotary // 2
     view = x.view(-1, cos.shape[0], heads, head_dim)
-    low, high = view[..., :half].float(), view[..., half:rotary].float()
+    low, high = (part.float().clone() for part in view[..., :rotary].split(half, -1))
     c, s = cos.float()[:, None], sin.float()[:, None]
     (c1, c2), (s1, s2) = c.split(half, -1), s.split(half, -1)
     if back:
@@ -186,5 +186,5 @@ def drop(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool = False
         values = (x.numel(), seed, ops.dropout_threshold(dropout), scale, int(add))
         _call("dropout", "pplllfi", x, x.data_ptr(), out.data_ptr(), *values)
         return
-    mask = ops.dropout_mask(x, seed=torch.tensor([seed]), dropout=dropout)
+    mask = ops.reference.dropout_mask(x, torch.tensor([seed]), dropout)
     out.copy_(out + x * mask if add else x * mask)

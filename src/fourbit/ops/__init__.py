@@ -13,9 +13,9 @@ from fourbit.ops import cpu as cpu
 from fourbit.ops import loss as loss
 from fourbit.ops import reference as reference
 from fourbit.ops import schema
+from fourbit.ops.cpu import quantize as cpu_quantize
 from fourbit.ops.reference import dropout_threshold as dropout_threshold
 from fourbit.ops.schema import dropout_mask as dropout_mask
-from fourbit.ops.cpu import quantize as cpu_quantize
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""

@@ -13,7 +13,7 @@ from fourbit.ops.cpu.registry import cpu_kernel, threads
 @cpu_kernel("dropout_mask")
 def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     """As `reference.dropout_mask`, for float32 and bfloat16."""
-    if x.dtype not in (torch.float32, torch.bfloat16):
+    if native.isa() is None or x.dtype not in (torch.float32, torch.bfloat16):
         return reference.dropout_mask(x, seed, dropout)
     mask = torch.ones(x.shape, dtype=x.dtype)
     scale = float(torch.ones((), dtype=x.dtype).div_(1.0 - dropout))
