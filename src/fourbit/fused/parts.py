@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import ops
 from fourbit.linear import Linear4bit
@@ -85,6 +86,8 @@ class Projection:
 
     def weight_into(self, out: Tensor) -> None:
         """Writes the weight ``[N, K]``, expanded, into a contiguous buffer."""
+        if isinstance(out, FakeTensor):
+            return  # a plan's buffer has no memory to fill
         if isinstance(self.base, Linear4bit):
             ops.dequantize_into(
                 self.base.scales,
