@@ -21,7 +21,7 @@ TRANSFORMS = {
     "softcap": (1.0, 5.0),
     "both": (3.0, 5.0),
 }
-VOCABS = [1, 2, 7, 16, 31, 33, 101, 513, 1024, 1025, 4099]
+VOCABS = [1, 2, 7, 33, 513, 1024, 1025, 4099]
 
 FP32_GRADIENT = 2e-6
 """exp within 2 ulp, tanh within 4, a float32 sum of 1024 terms."""
@@ -76,11 +76,12 @@ def run(logits: Tensor, labels: Tensor, how: str, *, gradient: bool = True) -> T
 
 
 @needs_kernels
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", TRANSFORMS)
 def test_losses_and_gradients_of_every_set(isa, threads, dtype, how):
     for vocab in VOCABS:
-        for rows in (1, 3, 8):
+        for rows in (1, 5):
             logits, labels = case(rows, vocab, dtype)
             expected, gradient = truth(logits, labels, how)
             inside, memory = guarded(logits)
@@ -94,6 +95,7 @@ def test_losses_and_gradients_of_every_set(isa, threads, dtype, how):
 
 
 @needs_kernels
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_size_from_one_to_513(isa, dtype):
     for vocab in range(1, 514):
@@ -107,6 +109,7 @@ def test_every_size_from_one_to_513(isa, dtype):
 
 
 @needs_kernels
+@pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(isa, dtype):
     logits, labels = case(37, 3001, dtype)
@@ -209,5 +212,5 @@ def test_no_rows():
 def test_the_op_is_sound(dtype, gradient):
     logits, labels = case(4, 19, dtype)
     op = torch.ops.fourbit.cross_entropy_rows_.default
-    for scale, softcap in TRANSFORMS.values():
+    for scale, softcap in (TRANSFORMS["none"], TRANSFORMS["both"]):
         torch.library.opcheck(op, (logits, labels, scale, softcap, gradient))
