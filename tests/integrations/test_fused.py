@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from fourbit import native
 from fourbit.fused import observer, paths
 from fourbit.fused.scratch import SCRATCH, Scratch
-from fourbit.integrations.anatomy import known_layers
+from fourbit.integrations.anatomy import FUSED_FROM, known_layers
 from fourbit.integrations.attention import NAME, register
 from fourbit.integrations.fused import fused_class, use_fast_paths
 from fourbit.integrations.transformers import enable_checkpointing, quantize_model
@@ -68,6 +68,7 @@ def build(
     base.requires_grad_(False)
     if quant:
         quantize_model(base, QuantConfig())
+    unfuse(base)
     config = LoraConfig(
         r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -83,6 +84,13 @@ def build(
 
 def inner(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model()  # type: ignore[operator]
+
+
+def unfuse(base: PreTrainedModel) -> None:
+    """transformers' own layers again, to compare with."""
+    for layer in known_layers(base):
+        layer.__class__ = vars(type(layer)).get(FUSED_FROM, type(layer))
+    base.set_attn_implementation("eager")
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -311,6 +319,7 @@ def test_adapters_on_some_layers_only_and_16_bit_bases():
         base.requires_grad_(False)
         if quant:
             quantize_model(base, QuantConfig(quant_type="fp4", double_quant=False))
+        unfuse(base)
         model = get_peft_model(base, LoraConfig(r=4, target_modules=targets)).train()
         for key, parameter in model.named_parameters():
             if "lora_B" in key:

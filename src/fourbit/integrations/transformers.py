@@ -602,6 +602,7 @@ def quantize_model(
     base.config.quantization_config = config
     base.is_quantized = True  # type: ignore[assignment]
     base.quantization_method = METHOD  # type: ignore[assignment]
+    use_fast_paths(base)
     return replaced
 
 
