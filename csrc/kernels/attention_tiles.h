@@ -17,16 +17,17 @@
 namespace FB_NAMESPACE {
 namespace attend {
 
-// Lanes of a vector, and how many rows of a product stay in registers.
+// Lanes of a vector; rows and vectors of a product that stay in registers.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8;
+constexpr int kLanes = 16, kRows = 8, kColumns = 2;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 4;
+constexpr int kLanes = 8, kRows = 4, kColumns = 2;
 #elif defined(__ARM_NEON)
-constexpr int kLanes = 4, kRows = 8;
+constexpr int kLanes = 4, kRows = 4, kColumns = 4;
 #else
-constexpr int kLanes = 4, kRows = 4;
+constexpr int kLanes = 4, kRows = 4, kColumns = 2;
 #endif
+static_assert(kRows <= kLanes, "one value for each row fits into a vector");
 constexpr int kBlock = 64;  // queries, and keys, of a block
 constexpr int kVectors = kBlock / kLanes;
 
@@ -53,8 +54,6 @@ FB_INLINE vf splat(float value) {
   return _mm512_set1_ps(value);
 #elif defined(__AVX2__)
   return _mm256_set1_ps(value);
-#elif defined(__ARM_NEON)
-  return vdupq_n_f32(value);
 #else
   return vf{value, value, value, value};
 #endif
@@ -68,7 +67,7 @@ FB_INLINE vf mul_add(vf a, vf b, vf c) {
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #elif defined(__ARM_NEON)
-  return vfmaq_f32(c, a, b);
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -135,6 +134,32 @@ static float dot(const T* a, const T* b, int64_t width) {
   float sum = sum_of(sums);
   for (; j < width; ++j) sum += to_float(a[j]) * to_float(b[j]);
   return sum;
+}
+
+// to[j] = from[j] * factor, rounded to nearest.
+FB_INLINE void narrow(float* to, const float* from, int64_t width, float factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) to[j] = from[j] * factor;
+}
+
+FB_INLINE void narrow(bf16* to, const float* from, int64_t width, float factor) {
+  int64_t j = 0;
+#if defined(__AVX512BF16__)
+  for (; j + kLanes <= width; j += kLanes) {
+    __m256bh half = _mm512_cvtneps_pbh(load(from + j) * splat(factor));
+    std::memcpy(to + j, &half, sizeof(half));
+  }
+#endif
+#pragma omp simd
+  for (int64_t i = j; i < width; ++i) to[i] = from_float<bf16>(from[i] * factor);
+}
+
+// Asks for rows that are a step apart, which the CPU does not foresee.
+template <class T>
+static void fetch(const T* rows, int64_t step, int64_t count, int64_t width) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(rows + row * step + j, 0, 2);
 }
 
 // 2^x for x up to 127, within 2e-7 of it; 0 below -126 (-149 with AVX-512), NaN stays NaN.
@@ -226,9 +251,9 @@ FB_INLINE void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step) {
 template <bool P, Into into>
 FB_INLINE void product(Left a, Right b, int64_t depth, int64_t vectors, float* c, int64_t c_step) {
   int64_t n = 0;
-  for (; n + 2 <= vectors; n += 2)
-    tile<P, into, 2>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
-  if (n < vectors)
+  for (; n + kColumns <= vectors; n += kColumns)
+    tile<P, into, kColumns>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
+  for (; n < vectors; ++n)
     tile<P, into, 1>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
 }
 
