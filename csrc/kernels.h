@@ -10,7 +10,7 @@
 namespace FB_NAMESPACE {
 
 // How activations arrive: the codes that `fourbit.native` passes.
-enum DType : int { kFloat32 = 0, kBfloat16 = 1 };
+enum DType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 template <class Body>
 static inline void by_type(int dtype, const Body& body) {
@@ -22,8 +22,14 @@ static inline void by_type(int dtype, const Body& body) {
 
 }  // namespace FB_NAMESPACE
 
+#include "half.h"
+#include "kernels/activation.h"
+#include "kernels/dropout.h"
 #include "kernels/attention_backward.h"
+#include "kernels/loss.h"
 #include "kernels/norm.h"
+#include "kernels/rotary.h"
+#include "kernels/quantize.h"
 
 namespace FB_NAMESPACE {
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -82,7 +83,10 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     mask = sdpa_mask(*args, **kwargs)
     if mask is None or not _may_be_ranges(mask, kwargs):
         return mask
-    first = _ranges(mask[:, 0], kwargs.get("attention_mask"))
+    if isinstance(mask, FakeTensor):  # a plan's, which has no values to look at
+        first = mask.new_empty((mask.shape[0], mask.shape[2]), dtype=torch.int32)
+    else:
+        first = _ranges(mask[:, 0], kwargs.get("attention_mask"))
     if first is not None:
         setattr(mask, _RANGES, (first, mask._version))
     return mask

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import native
 from fourbit.ops import attention_schema as plain
@@ -96,6 +97,7 @@ def fits(*tensors: Tensor) -> bool:
     return (
         q.dtype in _DTYPES
         and q.shape[1] == k.shape[1]
+        and not isinstance(q, FakeTensor)
         and all(t.dtype == q.dtype and t.device.type == "cpu" for t in tensors)
         and all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors)
     )
