@@ -10,7 +10,7 @@
 // backward, grad_o, dq, dk, dv. Elements of a head lie side by side.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_pack.h"
 
 namespace FB_NAMESPACE {
 namespace attend {
@@ -34,7 +34,8 @@ struct Heads {
   T* data;
   const int64_t* steps;
 
-  Heads(T* tensor, const int64_t* layout, int number) : data(tensor), steps(layout + 6 + 3 * number) {}
+  Heads(T* tensor, const int64_t* layout, int number)
+      : data(tensor), steps(layout + 6 + 3 * number) {}
 
   T* at(int64_t b, int64_t t, int64_t h) const {
     return data + b * steps[0] + t * steps[1] + h * steps[2];
@@ -209,7 +210,8 @@ class Forward {
       if (maxima_[row + m] == bases[m]) continue;
       maxima_[row + m] = now[m];
       float* sums = out_ + (row + m) * wide_;
-      for (int64_t n = 0; n < wide_; n += kLanes) store(sums + n, load(sums + n) * splat(factor[m]));
+      const vf shorter = splat(factor[m]);
+      for (int64_t n = 0; n < wide_; n += kLanes) store(sums + n, load(sums + n) * shorter);
     }
     for (int m = 0; m < kRows; ++m) {
       float* sums = sums_ + (row + m) * kLanes;
@@ -249,7 +251,8 @@ static void forward(const T* q, const T* k, const T* v, const int32_t* first, T*
   Arena counter{nullptr};
   Forward<P, T> measured(shape, counter);
   const int64_t size = counter.used, parts = (shape.length + kQueries - 1) / kQueries;
-  parallel(shape.batch * shape.heads * parts, 1, threads, [&](int64_t from, int64_t to, int thread) {
+  const int64_t units = shape.batch * shape.heads * parts;
+  parallel(units, 1, threads, [&](int64_t from, int64_t to, int thread) {
     Arena arena{scratch + thread * size};
     Forward<P, T> worker(shape, arena);
     int64_t packed = -1;
