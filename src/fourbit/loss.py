@@ -123,7 +123,7 @@ def _chunks(
     supervised = (labels_T != IGNORE).nonzero().squeeze(1)
     count = supervised.numel()
     chunks = -(-count // max(1, _CHUNK_BYTES // (4 * vocab)))
-    rows = -(-count // max(1, chunks))  # no last chunk of a few rows: it would cost as much
+    rows = max(1, -(-count // max(1, chunks)))  # no last chunk of a few rows: it would cost as much
     logits = hidden_TH.new_empty((rows, vocab))
     for start in range(0, count, rows):
         stop = min(start + rows, count)

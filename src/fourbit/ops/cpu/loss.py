@@ -24,7 +24,8 @@ def cross_entropy_rows_(
     if rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
         raise IndexError(f"a label is not in [0, {vocab})")
     losses = torch.empty(rows, dtype=torch.float32)
-    powers = torch.empty(threads(), vocab, dtype=torch.float32) if gradient else None
+    workers = max(1, min(threads(), rows))
+    powers = torch.empty(workers, vocab, dtype=torch.float32) if gradient else None
     native.kernel("cross_entropy_rows", "ppppllffii")(
         pointer(logits),
         pointer(labels),
@@ -35,6 +36,6 @@ def cross_entropy_rows_(
         scale,
         softcap or 0.0,
         native.DTYPES[logits.dtype],
-        threads(),
+        workers,
     )
     return losses
