@@ -10,7 +10,7 @@
 // backward, grad_o, dq, dk, dv. Elements of a head lie side by side.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_pack.h"
 
 namespace FB_NAMESPACE {
 namespace attend {
@@ -34,7 +34,8 @@ struct Heads {
   T* data;
   const int64_t* steps;
 
-  Heads(T* tensor, const int64_t* layout, int number) : data(tensor), steps(layout + 6 + 3 * number) {}
+  Heads(T* tensor, const int64_t* layout, int number)
+      : data(tensor), steps(layout + 6 + 3 * number) {}
 
   T* at(int64_t b, int64_t t, int64_t h) const {
     return data + b * steps[0] + t * steps[1] + h * steps[2];
@@ -42,16 +43,18 @@ struct Heads {
   int64_t step() const { return steps[1]; }
 };
 
-// Scores leave their product unscaled; the exponential is taken to the base 2.
+// How a product of q and k becomes an exponent to the base 2; `scale` is positive.
 struct Curve {
   float scale, softcap;
 
+  // What is left to multiply with after `bend`.
   template <bool Capped>
-  FB_INLINE_MEMBER vf exponent(vf score) const {
-    if constexpr (Capped)
-      return tanh_of(score * splat(scale / softcap)) * splat(softcap * kLog2e);
-    else
-      return score * splat(scale * kLog2e);
+  float factor() const {
+    return Capped ? softcap * kLog2e : scale * kLog2e;
+  }
+  template <bool Capped>
+  FB_INLINE_MEMBER vf bend(vf score) const {
+    return Capped ? tanh_of(score * splat(scale / softcap)) : score;
   }
 };
 
@@ -83,7 +86,7 @@ struct Span {
   void vectors(int64_t key, int* low, int* high) const {
     int64_t from = std::max<int64_t>(lowest - key, 0) / kLanes;
     int64_t to = (std::min<int64_t>(end - key, kBlock) + kLanes - 1) / kLanes;
-    *low = static_cast<int>(from & ~int64_t{1});
+    *low = static_cast<int>(from / kColumns * kColumns);
     *high = static_cast<int>(std::max<int64_t>(to, *low));
   }
 
@@ -147,6 +150,7 @@ class Forward {
            const Curve& curve, int64_t b, int64_t h, int64_t t) {
     const int64_t count = std::min<int64_t>(kQueries, s_.length - t);
     pack_rows<P>(queries_, q.at(b, t, h), q.step(), count, kQueries, s_.width);
+    if (t >= kQueries) fetch(q.at(b, t - kQueries, h), q.step(), kQueries, s_.width);
     std::memset(out_, 0, kQueries * wide_ * sizeof(float));
     std::memset(sums_, 0, kQueries * kLanes * sizeof(float));
     for (int i = 0; i < kQueries + kLanes; ++i) maxima_[i] = -INFINITY;
@@ -182,19 +186,20 @@ class Forward {
   template <bool Capped, bool Masked>
   FB_INLINE_MEMBER void weigh(const Visible& visible, const Curve& curve, const Span& span,
                               int64_t row, int64_t key, int low, int high) {
-    alignas(64) float largest[kLanes], bases[kLanes], factor[kLanes];
-    for (int i = 0; i < kLanes; ++i) largest[i] = -INFINITY;
+    alignas(64) float largest[kLanes] = {}, bases[kLanes], factor[kLanes];
+    const float scale = curve.factor<Capped>();
     for (int m = 0; m < kRows; ++m) {
       vf top = splat(-INFINITY);
       for (int n = low; n < high; ++n) {
         float* at = scores_ + m * kBlock + n * kLanes;
-        vf x = curve.exponent<Capped>(load(at));
+        vf x = curve.bend<Capped>(load(at));
         if constexpr (Masked) x = hidden(x, visible, span.begin + m, key + n * kLanes);
-        store(at, x);
+        if constexpr (Capped || Masked) store(at, x);
         top = larger(x, top);
       }
-      largest[m] = largest_of(top);
+      largest[m] = largest_of(top) * scale;
     }
+    // lanes past the rows hold what belongs to other rows, and are not used
     vf before = load(maxima_ + row), now = larger(load(largest), before);
     // a query that has seen nothing yet keeps sums of 0 instead of exponents of inf - inf
     vf base = choose(now == splat(-INFINITY), splat(0.0f), now);
@@ -205,13 +210,15 @@ class Forward {
       if (maxima_[row + m] == bases[m]) continue;
       maxima_[row + m] = now[m];
       float* sums = out_ + (row + m) * wide_;
-      for (int64_t n = 0; n < wide_; n += kLanes) store(sums + n, load(sums + n) * splat(factor[m]));
+      const vf shorter = splat(factor[m]);
+      for (int64_t n = 0; n < wide_; n += kLanes) store(sums + n, load(sums + n) * shorter);
     }
     for (int m = 0; m < kRows; ++m) {
       float* sums = sums_ + (row + m) * kLanes;
       vf sum = load(sums) * splat(factor[m]);
       for (int n = low; n < high; ++n) {
-        vf p = exp2_of(load(scores_ + m * kBlock + n * kLanes) - splat(bases[m]));
+        vf x = load(scores_ + m * kBlock + n * kLanes);
+        vf p = exp2_of(mul_add(x, splat(scale), splat(-bases[m])));
         sum += p;
         store_row<P>(weights_ + m * (kBlock / kStep<P>), n, p);
       }
@@ -226,10 +233,7 @@ class Forward {
       // +inf makes every weight that backward computes again 0
       lse[row] = empty ? INFINITY : (maxima_[row] + std::log2(sum)) * kLn2;
       const float inverse = empty ? 0.0f : 1.0f / sum;
-      const float* from = out_ + row * wide_;
-      T* to = out + row * step;
-#pragma omp simd
-      for (int64_t j = 0; j < s_.value_width; ++j) to[j] = from_float<T>(from[j] * inverse);
+      narrow(out + row * step, out_ + row * wide_, s_.value_width, inverse);
     }
   }
 
@@ -247,7 +251,8 @@ static void forward(const T* q, const T* k, const T* v, const int32_t* first, T*
   Arena counter{nullptr};
   Forward<P, T> measured(shape, counter);
   const int64_t size = counter.used, parts = (shape.length + kQueries - 1) / kQueries;
-  parallel(shape.batch * shape.heads * parts, 1, threads, [&](int64_t from, int64_t to, int thread) {
+  const int64_t units = shape.batch * shape.heads * parts;
+  parallel(units, 1, threads, [&](int64_t from, int64_t to, int thread) {
     Arena arena{scratch + thread * size};
     Forward<P, T> worker(shape, arena);
     int64_t packed = -1;

@@ -65,11 +65,16 @@ class Backward {
            int64_t t, float* dk, float* dv) {
     const int64_t count = std::min<int64_t>(kBlock, s_.length - t);
     const T *q = x.q.at(b, t, h), *g = x.g.at(b, t, h);
+    fetch(x.o.at(b, t, h), x.o.step(), count, s_.value_width);
     pack_rows<P>(query_rows_, q, x.q.step(), count, kBlock, s_.width);
     pack_summed<P>(queries_, q, x.q.step(), count, s_.width);
     pack_rows<P>(grad_rows_, g, x.g.step(), count, kBlock, s_.value_width);
     pack_summed<P>(grads_, g, x.g.step(), count, s_.value_width);
     prepare(x, b, h, t, count);
+    if (const int64_t next = std::min<int64_t>(kBlock, s_.length - t - kBlock); next > 0) {
+      fetch(q + kBlock * x.q.step(), x.q.step(), next, s_.width);
+      fetch(g + kBlock * x.g.step(), x.g.step(), next, s_.value_width);
+    }
     std::memset(dq_, 0, kBlock * wide_ * sizeof(float));
     const Span whole(visible, t, count);
     for (int64_t key = whole.lowest / kBlock * kBlock; key < whole.end; key += kBlock) {
@@ -80,12 +85,7 @@ class Backward {
     }
     T* to = x.dq.at(b, t, h);
     for (int64_t row = 0; row < count; ++row)
-      emit(to + row * x.dq.step(), dq_ + row * wide_, s_.width, curve.scale);
-  }
-
-  static void emit(T* to, const float* from, int64_t width, float factor) {
-#pragma omp simd
-    for (int64_t j = 0; j < width; ++j) to[j] = from_float<T>(from[j] * factor);
+      narrow(to + row * x.dq.step(), dq_ + row * wide_, s_.width, curve.scale);
   }
 
  private:
@@ -142,20 +142,18 @@ class Backward {
   template <bool Capped, bool Masked>
   FB_INLINE_MEMBER void slope(const Visible& visible, const Curve& curve, const Span& span,
                               int64_t row, int64_t key, int low, int high) {
+    const float scale = curve.factor<Capped>();
     for (int m = 0; m < kRows; m += 2)
       for (int n = low; n < high; ++n) {
         vf p[2], ds[2];
         for (int i = 0; i < 2; ++i) {
           const int64_t at = (m + i) * kBlock + n * kLanes;
-          vf x = curve.exponent<Capped>(load(scores_ + at)), bend = splat(1.0f);
-          if constexpr (Capped) {
-            vf tangent = x * splat(kLn2 / curve.softcap);
-            bend = splat(1.0f) - tangent * tangent;
-          }
+          const vf bent = curve.bend<Capped>(load(scores_ + at));
+          vf x = bent;
           if constexpr (Masked) x = hidden(x, visible, span.begin + m + i, key + n * kLanes);
-          p[i] = exp2_of(x - splat(lse_[row + m + i]));
+          p[i] = exp2_of(mul_add(x, splat(scale), splat(-lse_[row + m + i])));
           ds[i] = p[i] * (load(slopes_ + at) - splat(delta_[row + m + i]));
-          if constexpr (Capped) ds[i] *= bend;
+          if constexpr (Capped) ds[i] *= splat(1.0f) - bent * bent;
           if constexpr (P) store_row<P>(ds_rows_ + (m + i) * (kBlock / kStep<P>), n, ds[i]);
         }
         const int64_t at = (row + m) / kStep<P> * kBlock;
@@ -214,8 +212,8 @@ class Keys {
   void emit(int64_t group, float* sums) const {
     const int64_t b = group / s_.kv_heads, kv = group % s_.kv_heads;
     for (int64_t t = 0; t < s_.length; ++t) {
-      Backward<P, T>::emit(x_.dk.at(b, t, kv), sums + t * wide_, s_.width, scale_);
-      Backward<P, T>::emit(x_.dv.at(b, t, kv), dv(sums) + t * v_wide_, s_.value_width, 1.0f);
+      narrow(x_.dk.at(b, t, kv), sums + t * wide_, s_.width, scale_);
+      narrow(x_.dv.at(b, t, kv), dv(sums) + t * v_wide_, s_.value_width, 1.0f);
     }
   }
 

@@ -1,4 +1,4 @@
-// What attention is made of: vectors of scores, matrix products of small packed blocks, packing.
+// What attention is made of: vectors of scores, and matrix products of small packed blocks.
 //
 // A packed block holds cells of 32 bits: one float, or, where the CPU multiplies bf16 pairs, two
 // neighbours along the summed dimension. Every product below then is the same loop: broadcast a
@@ -17,16 +17,17 @@
 namespace FB_NAMESPACE {
 namespace attend {
 
-// Lanes of a vector, and how many rows of a product stay in registers.
+// Lanes of a vector; rows and vectors of a product that stay in registers.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kRows = 8;
+constexpr int kLanes = 16, kRows = 8, kColumns = 2;
 #elif defined(__AVX2__)
-constexpr int kLanes = 8, kRows = 4;
+constexpr int kLanes = 8, kRows = 4, kColumns = 2;
 #elif defined(__ARM_NEON)
-constexpr int kLanes = 4, kRows = 8;
+constexpr int kLanes = 4, kRows = 4, kColumns = 4;
 #else
-constexpr int kLanes = 4, kRows = 4;
+constexpr int kLanes = 4, kRows = 4, kColumns = 2;
 #endif
+static_assert(kRows <= kLanes, "one value for each row fits into a vector");
 constexpr int kBlock = 64;  // queries, and keys, of a block
 constexpr int kVectors = kBlock / kLanes;
 
@@ -53,8 +54,6 @@ FB_INLINE vf splat(float value) {
   return _mm512_set1_ps(value);
 #elif defined(__AVX2__)
   return _mm256_set1_ps(value);
-#elif defined(__ARM_NEON)
-  return vdupq_n_f32(value);
 #else
   return vf{value, value, value, value};
 #endif
@@ -68,7 +67,7 @@ FB_INLINE vf mul_add(vf a, vf b, vf c) {
 #elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #elif defined(__ARM_NEON)
-  return vfmaq_f32(c, a, b);
+  return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -135,6 +134,32 @@ static float dot(const T* a, const T* b, int64_t width) {
   float sum = sum_of(sums);
   for (; j < width; ++j) sum += to_float(a[j]) * to_float(b[j]);
   return sum;
+}
+
+// to[j] = from[j] * factor, rounded to nearest.
+FB_INLINE void narrow(float* to, const float* from, int64_t width, float factor) {
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) to[j] = from[j] * factor;
+}
+
+FB_INLINE void narrow(bf16* to, const float* from, int64_t width, float factor) {
+  int64_t j = 0;
+#if defined(__AVX512BF16__)
+  for (; j + kLanes <= width; j += kLanes) {
+    __m256bh half = _mm512_cvtneps_pbh(load(from + j) * splat(factor));
+    std::memcpy(to + j, &half, sizeof(half));
+  }
+#endif
+#pragma omp simd
+  for (int64_t i = j; i < width; ++i) to[i] = from_float<bf16>(from[i] * factor);
+}
+
+// Asks for rows that are a step apart, which the CPU does not foresee.
+template <class T>
+static void fetch(const T* rows, int64_t step, int64_t count, int64_t width) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(rows + row * step + j, 0, 2);
 }
 
 // 2^x for x up to 127, within 2e-7 of it; 0 below -126 (-149 with AVX-512), NaN stays NaN.
@@ -226,165 +251,10 @@ FB_INLINE void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step) {
 template <bool P, Into into>
 FB_INLINE void product(Left a, Right b, int64_t depth, int64_t vectors, float* c, int64_t c_step) {
   int64_t n = 0;
-  for (; n + 2 <= vectors; n += 2)
-    tile<P, into, 2>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
-  if (n < vectors)
+  for (; n + kColumns <= vectors; n += kColumns)
+    tile<P, into, kColumns>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
+  for (; n < vectors; ++n)
     tile<P, into, 1>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
-}
-
-// --- packing: T is how the tensor is stored, P whether cells are pairs ---
-
-template <bool P>
-constexpr int kStep = P ? 2 : 1;
-
-template <bool P>
-FB_INLINE int64_t cells(int64_t width) {
-  return (width + kStep<P> - 1) / kStep<P>;
-}
-
-FB_INLINE int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
-
-FB_INLINE float pair(uint16_t low, uint16_t high) {
-  uint32_t both = static_cast<uint32_t>(low) | static_cast<uint32_t>(high) << 16;
-  float cell;
-  std::memcpy(&cell, &both, 4);
-  return cell;
-}
-
-// The k-th cell of a row.
-template <bool P, class T>
-FB_INLINE float cell_of(const T* row, int64_t k, int64_t width) {
-  if constexpr (P)
-    return pair(row[2 * k].bits, 2 * k + 1 < width ? row[2 * k + 1].bits : uint16_t{0});
-  else
-    return to_float(row[k]);
-}
-
-// Rows as they are: out[total][cells(width)], rows past `count` zero.
-template <bool P, class T>
-static void pack_rows(float* out, const T* in, int64_t step, int64_t count, int64_t total,
-                      int64_t width) {
-  const int64_t depth = cells<P>(width);
-  for (int64_t row = 0; row < count; ++row) {
-    float* to = out + row * depth;
-    const T* from = in + row * step;
-    if (P && width % 2 == 0) {
-      std::memcpy(to, from, width * sizeof(T));
-    } else {
-      for (int64_t k = 0; k < depth; ++k) to[k] = cell_of<P>(from, k, width);
-    }
-  }
-  std::memset(out + count * depth, 0, (total - count) * depth * sizeof(float));
-}
-
-#if defined(__AVX512F__)
-// Sixteen rows of sixteen cells to as many columns.
-FB_INLINE void transpose(vf (&rows)[16]) {
-  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const __m512i high =
-      _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-  // four times, the halves of the sequence of all cells are shuffled like two packs of cards
-#pragma GCC unroll 4
-  for (int pass = 0; pass < 4; ++pass) {
-    vf next[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      next[2 * i] = _mm512_permutex2var_ps(rows[i], low, rows[i + 8]);
-      next[2 * i + 1] = _mm512_permutex2var_ps(rows[i], high, rows[i + 8]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) rows[i] = next[i];
-  }
-}
-
-// kLanes cells of a row from the k-th on.
-template <bool P, class T>
-FB_INLINE vf cells_at(const T* row, int64_t k) {
-  if constexpr (P)
-    return load(reinterpret_cast<const float*>(row) + k);
-  else
-    return widen(row + k);
-}
-#endif
-
-// Columns: out[cells(width)][kBlock], columns past `count` zero.
-template <bool P, class T>
-static void pack_columns(float* out, const T* in, int64_t step, int64_t count, int64_t width) {
-  const int64_t depth = cells<P>(width);
-  for (int64_t row = 0; row < kBlock; row += 16) {
-    int64_t k = 0;
-#if defined(__AVX512F__)
-    if (row + 16 <= count) {
-      for (; (k + 16) * kStep<P> <= width; k += 16) {
-        vf block[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) block[i] = cells_at<P>(in + (row + i) * step, k);
-        transpose(block);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) store(out + (k + i) * kBlock + row, block[i]);
-      }
-    }
-#endif
-    for (; k < depth; ++k)
-      for (int64_t i = row; i < row + 16; ++i)
-        out[k * kBlock + i] = i < count ? cell_of<P>(in + i * step, k, width) : 0.0f;
-  }
-}
-
-// Pairs of rows: out[kBlock / step][padded(width)], what lies past `count` rows or `width` zero.
-template <bool P, class T>
-static void pack_summed(float* out, const T* in, int64_t step, int64_t count, int64_t width) {
-  const int64_t wide = padded(width);
-  for (int64_t k = 0; k < kBlock / kStep<P>; ++k) {
-    float* to = out + k * wide;
-    int64_t row = k * kStep<P>, filled = 0;
-    if (row < count) {
-      const T* from = in + row * step;
-      filled = width;
-      if constexpr (P) {
-        if (row + 1 < count) {
-          const T* next = from + step;
-#pragma omp simd
-          for (int64_t j = 0; j < width; ++j) to[j] = pair(from[j].bits, next[j].bits);
-        } else {
-          for (int64_t j = 0; j < width; ++j) to[j] = pair(from[j].bits, uint16_t{0});
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < width; ++j) to[j] = to_float(from[j]);
-      }
-    }
-    for (int64_t j = filled; j < wide; ++j) to[j] = 0.0f;
-  }
-}
-
-// Vector number `vector` of a row that later is the left side of a sum along the row.
-template <bool P>
-FB_INLINE void store_row(float* row, int vector, vf value) {
-#if defined(__AVX512BF16__)
-  if constexpr (P) {
-    __m256bh half = _mm512_cvtneps_pbh(value);
-    std::memcpy(row + vector * (kLanes / 2), &half, sizeof(half));
-    return;
-  }
-#endif
-  store(row + vector * kLanes, value);
-}
-
-// The same vector of two neighbouring rows, later the left side of a sum over rows.
-template <bool P>
-FB_INLINE void store_two(float* rows, int vector, vf even, vf odd) {
-#if defined(__AVX512BF16__)
-  if constexpr (P) {
-    __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even));
-    __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd));
-    __m512i both = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-    std::memcpy(rows + vector * kLanes, &both, sizeof(both));
-    return;
-  }
-#endif
-  store(rows + vector * kLanes, even);
-  store(rows + kBlock + vector * kLanes, odd);
 }
 
 }  // namespace attend

@@ -27,16 +27,15 @@ from fourbit.ops.attention import attention
 NAME = "fourbit"
 
 _RANGES = "_fourbit_ranges"
-_FAST = ("neon", "avx2", "avx512", "avx512_bf16")
-"""Instruction sets with which the kernel is faster than PyTorch's own attention."""
 
 
 def use_native_attention(model: PreTrainedModel) -> bool:
-    """Switches a model to our attention if that is faster and changes nothing else.
+    """Switches a model to our attention where there are kernels and nothing else changes.
 
-    Left as they are: models on another device, models that were given another implementation than
-    the automatic one, and architectures whose code names "sdpa" (it then does something for it
-    that we would not get).
+    It is faster than PyTorch's with every instruction set, the plainest included. Left as they
+    are: models on another device, models that were given another implementation than the automatic
+    one, and architectures whose code names "sdpa" (it then does something for it that we would not
+    get).
 
     Args:
         model: loaded, with the implementation that transformers chose by itself.
@@ -44,7 +43,7 @@ def use_native_attention(model: PreTrainedModel) -> bool:
     Returns:
         Whether the model now uses it.
     """
-    if model.device.type != "cpu" or native.isa() not in _FAST:
+    if model.device.type != "cpu" or native.isa() is None:
         return False
     if not _automatic(model) or not model._can_set_attn_implementation():
         return False

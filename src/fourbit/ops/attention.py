@@ -69,7 +69,7 @@ def attention_forward(
     Returns:
         Logarithms of sums, float32 ``[B, H, T]``, for `attention_backward`.
     """
-    if _native(q, k, v, out):
+    if scale > 0 and _native(q, k, v, out):
         return cpu.run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out)
     result, lse = plain.attention(q, k, v, first, scale, softcap)
     out.copy_(result)
@@ -107,7 +107,7 @@ def attention_backward(
         dk: shaped like ``k``; likewise.
         dv: shaped like ``v``; likewise.
     """
-    if _native(q, k, v, o, grad_o, dq, dk, dv):
+    if scale > 0 and _native(q, k, v, o, grad_o, dq, dk, dv):
         cpu.run_backward(
             grad_o,
             (q, k, v, o),

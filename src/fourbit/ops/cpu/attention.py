@@ -117,7 +117,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _dense(q), _dense(k), _dense(v)
-    if not fits(q, k, v):
+    if not fits(q, k, v) or scale <= 0:
         return plain.attention(q, k, v, first, scale, softcap)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
     lse = run_forward(q, k, v, _ranges(first), scale=scale, softcap=softcap, out=out)
@@ -137,7 +137,7 @@ def _attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_o, q, k, v, o = (_dense(tensor) for tensor in (grad_o, q, k, v, o))
-    if not fits(q, k, v, o, grad_o):
+    if not fits(q, k, v, o, grad_o) or scale <= 0:
         return plain.attention_backward(grad_o, q, k, v, o, lse, first, scale, softcap)
     dq, dk, dv = (torch.empty(tensor.shape, dtype=q.dtype) for tensor in (q, k, v))
     run_backward(
