@@ -187,10 +187,10 @@ def test_dequantizes_into_any_place_from_any_index(isa: str, dtype: torch.dtype)
 def test_dequantizes_with_threads_and_wild_scales(isa: str, double_quant: bool) -> None:
     packed = torch.randint(256, (LARGE // 2 + 1,), dtype=torch.uint8)
     absmax = wild(-(-LARGE // 64))
-    scales = packed, absmax, None, None
+    scales: Any = (packed, absmax, None, None)
     if double_quant:
         scales = packed, *ops.quantize_absmax(absmax.abs().clamp(max=1e30))
-    held = tuple(
+    held: Any = tuple(
         s.view(torch.int32) if s is not None and s.dtype.itemsize == 4 else s for s in scales
     )
     for dtype in oracles.FLOATS:
@@ -206,6 +206,7 @@ def test_dequantizes_with_threads_and_wild_scales(isa: str, double_quant: bool) 
 
 def test_tensors_that_are_too_short_are_not_read_past_their_end(isa: str) -> None:
     packed, absmax, nested, offset = packed_weight(4096, 64, True)
+    assert nested is not None
     for scales in (
         (packed[:-1], absmax, nested, offset),
         (packed, absmax[:-1], nested, offset),

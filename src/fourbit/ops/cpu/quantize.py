@@ -17,6 +17,7 @@ from fourbit.ops import reference
 from fourbit.ops.cpu.registry import cpu_kernel, pointer, threads
 
 _CPU = torch.device("cpu")
+_WIDE = (torch.float32, torch.int32)
 
 
 def _served(x: Tensor) -> bool:
@@ -109,26 +110,22 @@ def _complete(
 ) -> bool:
     """Whether the tensors hold what ``count`` weights need, in the form native code reads."""
     packed, absmax, nested_absmax, nested_offset = scales
-    double = nested_absmax is not None and nested_offset is not None
     if native.isa() is None or blocksize not in codebook.BLOCKSIZES:
         return False
-    wide = (torch.float32, torch.int32)
+    if any(part is not None and part.device != _CPU for part in scales):
+        return False
     blocks = -(-count // blocksize)
-    fits = (
-        packed.dtype == torch.uint8
-        and packed.numel() >= (count + 1) // 2
-        and absmax.numel() >= blocks
-        and (absmax.dtype == torch.uint8 if double else absmax.dtype in wide)
+    if packed.dtype != torch.uint8 or packed.numel() < (count + 1) // 2 or absmax.numel() < blocks:
+        return False
+    if nested_absmax is None or nested_offset is None:
+        return absmax.dtype in _WIDE
+    return (
+        absmax.dtype == torch.uint8
+        and nested_absmax.numel() >= -(-blocks // codebook.NESTED_BLOCKSIZE)
+        and nested_offset.numel() >= 1
+        and nested_absmax.dtype in _WIDE
+        and nested_offset.dtype in _WIDE
     )
-    if double:
-        fits = (
-            fits
-            and nested_absmax.numel() >= -(-blocks // codebook.NESTED_BLOCKSIZE)
-            and nested_offset.numel() >= 1
-            and nested_absmax.dtype in wide
-            and nested_offset.dtype in wide
-        )
-    return fits and all(part is None or part.device == _CPU for part in scales)
 
 
 def _dequantize(
@@ -183,7 +180,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """As `fourbit.ops.reference.dequantize_int8`."""
     fits = codes.dtype == torch.int8 and codes.dim() == 2 and absmax.shape == codes.shape[:1]
-    if not fits or dtype not in native.DTYPES or absmax.dtype not in (torch.float32, torch.int32):
+    if not fits or dtype not in native.DTYPES or absmax.dtype not in _WIDE:
         return reference.dequantize_int8(codes, absmax, dtype)
     codes, absmax = codes.contiguous(), absmax.contiguous()
     out = torch.empty(codes.shape, dtype=dtype)
@@ -239,7 +236,7 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     # Without the VNNI instructions, which this set includes, oneDNN's sums may saturate on the way;
     # and a single column comes out wrong.
     if native.isa() == "avx512_bf16" and x.shape[1] > 1:
-        return torch._int_mm(x, weight.t())
+        return torch.ops.aten._int_mm(x, weight.t())
     return reference.int8_product(x, weight)
 
 
