@@ -187,12 +187,12 @@ def test_dequantizes_into_any_place_from_any_index(isa: str, dtype: torch.dtype)
 def test_dequantizes_with_threads_and_wild_scales(isa: str, double_quant: bool) -> None:
     packed = torch.randint(256, (LARGE // 2 + 1,), dtype=torch.uint8)
     absmax = wild(-(-LARGE // 64))
-    scales: Any = (packed, absmax, None, None)
+    scales: ops.Scales = (packed, absmax, None, None)
+    held: ops.Scales = (packed, absmax.view(torch.int32), None, None)
     if double_quant:
-        scales = packed, *ops.quantize_absmax(absmax.abs().clamp(max=1e30))
-    held: Any = tuple(
-        s.view(torch.int32) if s is not None and s.dtype.itemsize == 4 else s for s in scales
-    )
+        codes, nested, offset = ops.quantize_absmax(absmax.abs().clamp(max=1e30))
+        scales = (packed, codes, nested, offset)
+        held = (packed, codes, nested.view(torch.int32), offset.view(torch.int32))
     for dtype in oracles.FLOATS:
         truth = reference.dequantize_4bit(*scales, 64, "fp4", [LARGE], dtype)
         for threads in (1, 2):
