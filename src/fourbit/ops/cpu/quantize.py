@@ -30,8 +30,8 @@ def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tens
     if not _served(weight) or blocksize not in codebook.BLOCKSIZES:
         return reference.quantize_4bit(weight, blocksize, quant_type)
     weight, count = weight.contiguous(), weight.numel()
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32)
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=_CPU)
+    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=_CPU)
     native.kernel("quantize_4bit", "pppppllii")(
         weight.data_ptr(),
         codebook.thresholds(quant_type, _CPU).data_ptr(),
@@ -53,8 +53,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return reference.quantize_absmax(absmax)
     absmax = absmax.contiguous()
     offset = reference.nested_mean(absmax)
-    codes = torch.empty(absmax.shape, dtype=torch.uint8)
-    nested = torch.empty(-(-absmax.numel() // codebook.NESTED_BLOCKSIZE), dtype=torch.float32)
+    codes = torch.empty(absmax.shape, dtype=torch.uint8, device=_CPU)
+    nested = torch.empty(-(-absmax.numel() // codebook.NESTED_BLOCKSIZE), dtype=torch.float32, device=_CPU)
     native.kernel("quantize_absmax", "ppfppli")(
         absmax.data_ptr(),
         codebook.nested_thresholds(_CPU).data_ptr(),
@@ -81,7 +81,7 @@ def dequantize_4bit(
     """As `fourbit.ops.reference.dequantize_4bit`."""
     scales = packed, absmax, nested_absmax, nested_offset
     if dtype in native.DTYPES and _complete(scales, blocksize, math.prod(shape)):
-        out = torch.empty(tuple(shape), dtype=dtype)
+        out = torch.empty(tuple(shape), dtype=dtype, device=_CPU)
         _dequantize(scales, blocksize, quant_type, out, 0)
         return out
     return reference.dequantize_4bit(*scales, blocksize, quant_type, shape, dtype)
@@ -162,8 +162,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         return reference.quantize_int8(weight)
     weight = weight.contiguous()
     rows, width = weight.shape
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    absmax = torch.empty(rows, dtype=torch.float32)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=_CPU)
+    absmax = torch.empty(rows, dtype=torch.float32, device=_CPU)
     native.kernel("quantize_int8", "pppllii")(
         weight.data_ptr(),
         codes.data_ptr(),
@@ -183,7 +183,7 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     if not fits or dtype not in native.DTYPES or absmax.dtype not in _WIDE:
         return reference.dequantize_int8(codes, absmax, dtype)
     codes, absmax = codes.contiguous(), absmax.contiguous()
-    out = torch.empty(codes.shape, dtype=dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device=_CPU)
     native.kernel("dequantize_int8", "pppllii")(
         codes.data_ptr(),
         absmax.data_ptr(),
@@ -215,7 +215,7 @@ def linear_int8(
         x_codes[:, outliers] = 0
         extra = reference.outlier_product(flat, codes, scales, outliers)
     sums = _int8_product(x_codes, codes)
-    y = torch.empty(sums.shape, dtype=x.dtype)
+    y = torch.empty(sums.shape, dtype=x.dtype, device=_CPU)
     bias = None if bias is None else bias.float().contiguous()
     native.kernel("finish_int8", "ppppppllii")(
         sums.data_ptr(),
@@ -243,9 +243,9 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
 def _quantize_activations(flat: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """int8 ``[M, K]``, float32 ``[M]``, and which columns reach ``threshold``, uint8 ``[K]``."""
     rows, width = flat.shape
-    codes = torch.empty(flat.shape, dtype=torch.int8)
-    scales = torch.empty(rows, dtype=torch.float32)
-    marks = torch.zeros(width, dtype=torch.uint8)
+    codes = torch.empty(flat.shape, dtype=torch.int8, device=_CPU)
+    scales = torch.empty(rows, dtype=torch.float32, device=_CPU)
+    marks = torch.zeros(width, dtype=torch.uint8, device=_CPU)
     native.kernel("quantize_activations", "ppppllfii")(
         flat.data_ptr(),
         codes.data_ptr(),
@@ -264,7 +264,7 @@ def count_nonfinite(x: Tensor) -> tuple[int, int]:
     """See `fourbit.ops.count_nonfinite`."""
     if not _served(x) or not x.is_contiguous():
         return reference.count_nonfinite(x)
-    found = torch.empty(2, dtype=torch.int64)
+    found = torch.empty(2, dtype=torch.int64, device=_CPU)
     native.kernel("count_nonfinite", "plpii")(
         x.data_ptr(), x.numel(), found.data_ptr(), native.DTYPES[x.dtype], threads()
     )
