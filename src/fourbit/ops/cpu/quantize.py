@@ -54,7 +54,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     absmax = absmax.contiguous()
     offset = reference.nested_mean(absmax)
     codes = torch.empty(absmax.shape, dtype=torch.uint8, device=_CPU)
-    nested = torch.empty(-(-absmax.numel() // codebook.NESTED_BLOCKSIZE), dtype=torch.float32, device=_CPU)
+    nested = torch.empty(
+        -(-absmax.numel() // codebook.NESTED_BLOCKSIZE), dtype=torch.float32, device=_CPU
+    )
     native.kernel("quantize_absmax", "ppfppli")(
         absmax.data_ptr(),
         codebook.nested_thresholds(_CPU).data_ptr(),
