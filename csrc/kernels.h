@@ -1,6 +1,8 @@
 // All kernels, compiled once for each instruction set: `isa/*.cpp` set FB_NAMESPACE and include this.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 #include "parallel.h"
 #include "table.h"
@@ -21,7 +23,12 @@ static inline void by_type(int dtype, const Body& body) {
 }  // namespace FB_NAMESPACE
 
 #include "half.h"
+#include "kernels/activation.h"
+#include "kernels/dropout.h"
+#include "kernels/attention_backward.h"
+#include "kernels/loss.h"
 #include "kernels/norm.h"
+#include "kernels/rotary.h"
 #include "kernels/quantize.h"
 
 namespace FB_NAMESPACE {

@@ -33,6 +33,7 @@ _OPS = (
     "dequantize_int8",
     "linear_int8",
     "dropout_mask",
+    "cross_entropy_rows_",
 )
 _LITTLE_MEMORY = 2_000_000_000
 _LITTLE_DISK = 2_000_000_000

@@ -18,6 +18,7 @@ from fourbit.ops.schema import default_kernel
 _TINY = 1e-38  # keeps 1/absmax finite for an all-zero block
 _PER_CODE = 7.874015718698502e-3  # 1 / 127
 _HALF_MAX = 65504.0  # the largest float16
+_WORD = 0xFFFFFFFF
 _CHUNK = 1 << 20  # weights handled at once: fp32 temporaries stay inside the last-level cache
 
 
@@ -239,11 +240,27 @@ def count_nonfinite(x: Tensor) -> tuple[int, int]:
 
 @default_kernel("dropout_mask")
 def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    """Zero with probability ``dropout``, else ``1 / (1 - dropout)``; contiguous, like ``x``."""
-    generator = torch.Generator(device=x.device)
-    generator.manual_seed(int(seed.item()))
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+    """Zero with probability ``dropout``, else ``1 / (1 - dropout)``; contiguous, like ``x``.
+
+    Element i is decided by 32 bits mixed from i and the 64 bits of ``seed``, so that the mask is
+    the same on every device and for any way of computing it.
+    """
+    number = int(seed.item())
+    low, high = number & _WORD, (number >> 32) & _WORD
+    keep = torch.empty(x.numel(), dtype=torch.bool, device=x.device)
+    for start in range(0, x.numel(), _CHUNK):
+        index = torch.arange(start, min(start + _CHUNK, x.numel()), device=x.device)
+        bits = ((index & _WORD) * 0x9E3779B1 + low) & _WORD
+        bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _WORD
+        bits = (bits ^ (bits >> 13)) + high + (index >> 32) * 0x27D4EB2F
+        bits = ((bits & _WORD) * 0xC2B2AE35) & _WORD
+        torch.ge(bits ^ (bits >> 16), dropout_threshold(dropout), out=keep[start : start + _CHUNK])
+    return keep.view(x.shape).to(x.dtype).div_(1.0 - dropout)
+
+
+def dropout_threshold(dropout: float) -> int:
+    """An element is kept when its 32 random bits reach this number."""
+    return min(round(dropout * 2**32), _WORD)
 
 
 @default_kernel("linear_4bit")
