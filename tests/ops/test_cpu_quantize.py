@@ -305,3 +305,22 @@ def test_other_dtypes_are_left_to_the_reference(isa: str) -> None:
     )
     truth = reference.dequantize_4bit(*scales, 32, "nf4", [100], torch.float64)
     assert torch.equal(ours, truth)
+
+
+def test_under_a_meta_default_device() -> None:
+    weight = torch.randn(64, 96)
+    truth = reference.quantize_4bit(weight, 64, "nf4")
+    rows = reference.quantize_int8(weight)
+    with torch.device("meta"):
+        ours = ops.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        scales = (ours[0], *ops.quantize_absmax(ours[1]))
+        back = ops.dequantize_4bit(
+            scales, blocksize=64, quant_type="nf4", shape=weight.shape, dtype=torch.bfloat16
+        )
+        codes = ops.quantize_int8(weight)
+        product = ops.linear_int8(weight, *codes, None, threshold=6.0)
+        assert ops.count_nonfinite(weight) == (weight.numel(), 0)
+    assert_same(ours, truth, "4 bit")
+    assert_same(codes, rows, "int8")
+    assert not back.is_meta
+    assert_same((product,), (reference.linear_int8(weight, *rows, None, 6.0),), "product")
