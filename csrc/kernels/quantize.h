@@ -49,17 +49,40 @@ static inline bool finite(float value) { return std::fabs(value) < INFINITY; }
 
 // ---- 4-bit codes
 
-// What coding needs of a data type: its 15 thresholds as a search tree in breadth-first order (the
-// root at 1), and the code of each of the 16 ranks.
+// Thresholds (15, ascending) as a search tree in breadth-first order, the root at 1.
+static inline void plant(const float* thresholds, int64_t stride, float* tree) {
+  tree[0] = 0;
+  for (int node = 1, step = 8; step > 0; step >>= 1)
+    for (int at = step - 1; at < 15; at += 2 * step) tree[node++] = thresholds[at * stride];
+}
+
+// What coding needs of a data type: its thresholds as a tree, and the code of each of the 16 ranks.
 struct Coder {
   alignas(64) float tree[16];
   alignas(16) uint8_t codes[16];
+#if defined(__AVX512F__)
+  // A quicker way for most types: values fall into 32 bins by a product that never falls when they
+  // rise, and where no bin holds two thresholds, the one inside it decides between two codes.
+  bool binned = true;
+  alignas(64) float inside[32];
+  alignas(64) uint16_t bins[64];  // codes at or below the threshold of the bin, then above it
+
+  static int bin_of(float y) { return static_cast<int>(std::fmaf(y, 15.5f, 16.0f)); }
+#endif
 
   Coder(const float* thresholds, const uint8_t* code_of_rank) {
-    tree[0] = 0;
-    for (int node = 1, step = 8; step > 0; step >>= 1)
-      for (int at = step - 1; at < 15; at += 2 * step) tree[node++] = thresholds[at];
+    plant(thresholds, 1, tree);
     std::memcpy(codes, code_of_rank, 16);
+#if defined(__AVX512F__)
+    for (int bin = 0, rank = 0; bin < 32; ++bin) {
+      bool found = rank < 15 && bin_of(thresholds[rank]) <= bin;
+      inside[bin] = found ? thresholds[rank] : INFINITY;
+      bins[bin] = codes[rank];
+      rank += found;
+      bins[bin + 32] = codes[rank];
+      binned = binned && !(rank < 15 && bin_of(thresholds[rank]) <= bin);
+    }
+#endif
   }
 };
 
@@ -87,18 +110,38 @@ static inline __m512i ranks16(__m512 y, __m512 tree) {
   return node;
 }
 
+// Place in Coder::bins of each value.
+static inline __m512i places16(__m512 y, const Coder& coder) {
+  __m512 low = _mm512_load_ps(coder.inside), high = _mm512_load_ps(coder.inside + 16);
+  __m512i bin =
+      _mm512_cvttps_epi32(_mm512_fmadd_ps(y, _mm512_set1_ps(15.5f), _mm512_set1_ps(16.0f)));
+  __mmask16 above =
+      _mm512_cmp_ps_mask(y, _mm512_permutex2var_ps(low, bin, high), _CMP_GT_OQ);
+  return _mm512_mask_add_epi32(bin, above, bin, _mm512_set1_epi32(32));
+}
+
 // The codes of kUnit values times `scale`, two to a byte, the first in the high half.
 template <class T>
 static inline void encode(const T* x, float scale, uint8_t* out, const Coder& coder) {
-  __m512 tree = _mm512_load_ps(coder.tree), factor = _mm512_set1_ps(scale);
-  __m512i first = ranks16(_mm512_mul_ps(load16(x), factor), tree);
-  __m512i second = ranks16(_mm512_mul_ps(load16(x + 16), factor), tree);
-  __m256i bytes = _mm512_cvtepi16_epi8(_mm512_packus_epi32(first, second));
-  bytes = _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
-  __m128i codes = _mm_load_si128(reinterpret_cast<const __m128i*>(coder.codes));
-  bytes = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(codes), bytes);
-  __m256i pairs = _mm256_maddubs_epi16(bytes, _mm256_set1_epi16(0x0110));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtepi16_epi8(pairs));
+  __m512 factor = _mm512_set1_ps(scale);
+  __m512 y = _mm512_mul_ps(load16(x), factor), z = _mm512_mul_ps(load16(x + 16), factor);
+  __m512i codes;
+  if (coder.binned) {
+    codes = _mm512_packus_epi32(places16(y, coder), places16(z, coder));
+    codes = _mm512_permutex2var_epi16(_mm512_load_si512(coder.bins), codes,
+                                      _mm512_load_si512(coder.bins + 32));
+  } else {
+    __m512 tree = _mm512_load_ps(coder.tree);
+    codes = _mm512_packus_epi32(ranks16(y, tree), ranks16(z, tree));
+    __m128i known = _mm_load_si128(reinterpret_cast<const __m128i*>(coder.codes));
+    codes = _mm512_permutexvar_epi16(
+        codes, _mm512_broadcast_i64x4(_mm256_cvtepu8_epi16(known)));
+  }
+  __m512i pairs = _mm512_madd_epi16(codes, _mm512_set1_epi32(0x00010010));
+  // packing took turns between the two halves, two bytes at a time
+  __m128i order = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                   _mm_shuffle_epi8(_mm512_cvtepi32_epi8(pairs), order));
 }
 
 #elif defined(__AVX2__)
@@ -431,7 +474,20 @@ static void dequantize_4bit(const uint8_t* packed, const void* absmax, const flo
 static inline void encode_scales(const float* scaled, int64_t count, const float* thresholds,
                                  uint8_t* codes) {
   int32_t rank[kNestedBlock] = {0};
-  for (int step = 128; step > 0; step >>= 1) {
+  int step = 128;
+#if defined(__AVX512F__)
+  // the upper half of the search looks at 15 thresholds only, which fit a register
+  alignas(64) float tree[16];
+  plant(thresholds + 15, 16, tree);
+  __m512 upper = _mm512_load_ps(tree);
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512i node = ranks16(_mm512_loadu_ps(scaled + i), upper);
+    node = _mm512_slli_epi32(_mm512_sub_epi32(node, _mm512_set1_epi32(16)), 4);
+    _mm512_storeu_si512(rank + i, node);
+  }
+  step = 8;
+#endif
+  for (; step > 0; step >>= 1) {
 #pragma omp simd
     for (int64_t i = 0; i < count; ++i)
       rank[i] += scaled[i] > thresholds[rank[i] + step - 1] ? step : 0;
@@ -445,7 +501,7 @@ static void quantize_absmax(const float* absmax, const float* thresholds, float 
   parallel(blocks, kSplit / kNestedBlock, threads, [=](int64_t begin, int64_t end, int) {
     for (int64_t block = begin; block < end; ++block) {
       int64_t start = block * kNestedBlock, part = std::min(kNestedBlock, count - start);
-      float centred[kNestedBlock];
+      float centred[kNestedBlock] = {0};
 #pragma omp simd
       for (int64_t i = 0; i < part; ++i) centred[i] = absmax[start + i] - offset;
       float most = largest(centred, part), floor = most < kTiny ? kTiny : most;

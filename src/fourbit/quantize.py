@@ -153,7 +153,7 @@ def quantize_4bit(
         raise ValueError(f"blocksize {blocksize} is not one of {codebook.BLOCKSIZES}")
     packed, absmax = ops.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
     # the largest magnitude of a block shows what is in it: the weight need not be read again
-    if not torch.isfinite(absmax).all():
+    if ops.count_nonfinite(absmax)[1]:
         check_finite(weight, name=name)
     nested_absmax = nested_offset = None
     if double_quant:

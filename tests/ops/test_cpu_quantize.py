@@ -187,12 +187,12 @@ def test_dequantizes_into_any_place_from_any_index(isa: str, dtype: torch.dtype)
 def test_dequantizes_with_threads_and_wild_scales(isa: str, double_quant: bool) -> None:
     packed = torch.randint(256, (LARGE // 2 + 1,), dtype=torch.uint8)
     absmax = wild(-(-LARGE // 64))
-    scales = packed, absmax, None, None
+    scales: ops.Scales = (packed, absmax, None, None)
+    held: ops.Scales = (packed, absmax.view(torch.int32), None, None)
     if double_quant:
-        scales = packed, *ops.quantize_absmax(absmax.abs().clamp(max=1e30))
-    held = tuple(
-        s.view(torch.int32) if s is not None and s.dtype.itemsize == 4 else s for s in scales
-    )
+        codes, nested, offset = ops.quantize_absmax(absmax.abs().clamp(max=1e30))
+        scales = (packed, codes, nested, offset)
+        held = (packed, codes, nested.view(torch.int32), offset.view(torch.int32))
     for dtype in oracles.FLOATS:
         truth = reference.dequantize_4bit(*scales, 64, "fp4", [LARGE], dtype)
         for threads in (1, 2):
@@ -206,6 +206,7 @@ def test_dequantizes_with_threads_and_wild_scales(isa: str, double_quant: bool) 
 
 def test_tensors_that_are_too_short_are_not_read_past_their_end(isa: str) -> None:
     packed, absmax, nested, offset = packed_weight(4096, 64, True)
+    assert nested is not None
     for scales in (
         (packed[:-1], absmax, nested, offset),
         (packed, absmax[:-1], nested, offset),
@@ -304,3 +305,22 @@ def test_other_dtypes_are_left_to_the_reference(isa: str) -> None:
     )
     truth = reference.dequantize_4bit(*scales, 32, "nf4", [100], torch.float64)
     assert torch.equal(ours, truth)
+
+
+def test_under_a_meta_default_device() -> None:
+    weight = torch.randn(64, 96)
+    truth = reference.quantize_4bit(weight, 64, "nf4")
+    rows = reference.quantize_int8(weight)
+    with torch.device("meta"):
+        ours = ops.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        scales = (ours[0], *ops.quantize_absmax(ours[1]))
+        back = ops.dequantize_4bit(
+            scales, blocksize=64, quant_type="nf4", shape=weight.shape, dtype=torch.bfloat16
+        )
+        codes = ops.quantize_int8(weight)
+        product = ops.linear_int8(weight, *codes, None, threshold=6.0)
+        assert ops.count_nonfinite(weight) == (weight.numel(), 0)
+    assert_same(ours, truth, "4 bit")
+    assert_same(codes, rows, "int8")
+    assert not back.is_meta
+    assert_same((product,), (reference.linear_int8(weight, *rows, None, 6.0),), "product")

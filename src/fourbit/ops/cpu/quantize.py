@@ -17,6 +17,7 @@ from fourbit.ops import reference
 from fourbit.ops.cpu.registry import cpu_kernel, pointer, threads
 
 _CPU = torch.device("cpu")
+_WIDE = (torch.float32, torch.int32)
 
 
 def _served(x: Tensor) -> bool:
@@ -29,8 +30,8 @@ def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tens
     if not _served(weight) or blocksize not in codebook.BLOCKSIZES:
         return reference.quantize_4bit(weight, blocksize, quant_type)
     weight, count = weight.contiguous(), weight.numel()
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32)
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=_CPU)
+    absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=_CPU)
     native.kernel("quantize_4bit", "pppppllii")(
         weight.data_ptr(),
         codebook.thresholds(quant_type, _CPU).data_ptr(),
@@ -52,8 +53,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return reference.quantize_absmax(absmax)
     absmax = absmax.contiguous()
     offset = reference.nested_mean(absmax)
-    codes = torch.empty(absmax.shape, dtype=torch.uint8)
-    nested = torch.empty(-(-absmax.numel() // codebook.NESTED_BLOCKSIZE), dtype=torch.float32)
+    codes = torch.empty(absmax.shape, dtype=torch.uint8, device=_CPU)
+    nested = torch.empty(
+        -(-absmax.numel() // codebook.NESTED_BLOCKSIZE), dtype=torch.float32, device=_CPU
+    )
     native.kernel("quantize_absmax", "ppfppli")(
         absmax.data_ptr(),
         codebook.nested_thresholds(_CPU).data_ptr(),
@@ -80,7 +83,7 @@ def dequantize_4bit(
     """As `fourbit.ops.reference.dequantize_4bit`."""
     scales = packed, absmax, nested_absmax, nested_offset
     if dtype in native.DTYPES and _complete(scales, blocksize, math.prod(shape)):
-        out = torch.empty(tuple(shape), dtype=dtype)
+        out = torch.empty(tuple(shape), dtype=dtype, device=_CPU)
         _dequantize(scales, blocksize, quant_type, out, 0)
         return out
     return reference.dequantize_4bit(*scales, blocksize, quant_type, shape, dtype)
@@ -109,26 +112,22 @@ def _complete(
 ) -> bool:
     """Whether the tensors hold what ``count`` weights need, in the form native code reads."""
     packed, absmax, nested_absmax, nested_offset = scales
-    double = nested_absmax is not None and nested_offset is not None
     if native.isa() is None or blocksize not in codebook.BLOCKSIZES:
         return False
-    wide = (torch.float32, torch.int32)
+    if any(part is not None and part.device != _CPU for part in scales):
+        return False
     blocks = -(-count // blocksize)
-    fits = (
-        packed.dtype == torch.uint8
-        and packed.numel() >= (count + 1) // 2
-        and absmax.numel() >= blocks
-        and (absmax.dtype == torch.uint8 if double else absmax.dtype in wide)
+    if packed.dtype != torch.uint8 or packed.numel() < (count + 1) // 2 or absmax.numel() < blocks:
+        return False
+    if nested_absmax is None or nested_offset is None:
+        return absmax.dtype in _WIDE
+    return (
+        absmax.dtype == torch.uint8
+        and nested_absmax.numel() >= -(-blocks // codebook.NESTED_BLOCKSIZE)
+        and nested_offset.numel() >= 1
+        and nested_absmax.dtype in _WIDE
+        and nested_offset.dtype in _WIDE
     )
-    if double:
-        fits = (
-            fits
-            and nested_absmax.numel() >= -(-blocks // codebook.NESTED_BLOCKSIZE)
-            and nested_offset.numel() >= 1
-            and nested_absmax.dtype in wide
-            and nested_offset.dtype in wide
-        )
-    return fits and all(part is None or part.device == _CPU for part in scales)
 
 
 def _dequantize(
@@ -165,8 +164,8 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         return reference.quantize_int8(weight)
     weight = weight.contiguous()
     rows, width = weight.shape
-    codes = torch.empty(weight.shape, dtype=torch.int8)
-    absmax = torch.empty(rows, dtype=torch.float32)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=_CPU)
+    absmax = torch.empty(rows, dtype=torch.float32, device=_CPU)
     native.kernel("quantize_int8", "pppllii")(
         weight.data_ptr(),
         codes.data_ptr(),
@@ -183,10 +182,10 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """As `fourbit.ops.reference.dequantize_int8`."""
     fits = codes.dtype == torch.int8 and codes.dim() == 2 and absmax.shape == codes.shape[:1]
-    if not fits or dtype not in native.DTYPES or absmax.dtype not in (torch.float32, torch.int32):
+    if not fits or dtype not in native.DTYPES or absmax.dtype not in _WIDE:
         return reference.dequantize_int8(codes, absmax, dtype)
     codes, absmax = codes.contiguous(), absmax.contiguous()
-    out = torch.empty(codes.shape, dtype=dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device=_CPU)
     native.kernel("dequantize_int8", "pppllii")(
         codes.data_ptr(),
         absmax.data_ptr(),
@@ -218,7 +217,7 @@ def linear_int8(
         x_codes[:, outliers] = 0
         extra = reference.outlier_product(flat, codes, scales, outliers)
     sums = _int8_product(x_codes, codes)
-    y = torch.empty(sums.shape, dtype=x.dtype)
+    y = torch.empty(sums.shape, dtype=x.dtype, device=_CPU)
     bias = None if bias is None else bias.float().contiguous()
     native.kernel("finish_int8", "ppppppllii")(
         sums.data_ptr(),
@@ -239,16 +238,16 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     # Without the VNNI instructions, which this set includes, oneDNN's sums may saturate on the way;
     # and a single column comes out wrong.
     if native.isa() == "avx512_bf16" and x.shape[1] > 1:
-        return torch._int_mm(x, weight.t())
+        return torch.ops.aten._int_mm(x, weight.t())
     return reference.int8_product(x, weight)
 
 
 def _quantize_activations(flat: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """int8 ``[M, K]``, float32 ``[M]``, and which columns reach ``threshold``, uint8 ``[K]``."""
     rows, width = flat.shape
-    codes = torch.empty(flat.shape, dtype=torch.int8)
-    scales = torch.empty(rows, dtype=torch.float32)
-    marks = torch.zeros(width, dtype=torch.uint8)
+    codes = torch.empty(flat.shape, dtype=torch.int8, device=_CPU)
+    scales = torch.empty(rows, dtype=torch.float32, device=_CPU)
+    marks = torch.zeros(width, dtype=torch.uint8, device=_CPU)
     native.kernel("quantize_activations", "ppppllfii")(
         flat.data_ptr(),
         codes.data_ptr(),
@@ -267,7 +266,7 @@ def count_nonfinite(x: Tensor) -> tuple[int, int]:
     """See `fourbit.ops.count_nonfinite`."""
     if not _served(x) or not x.is_contiguous():
         return reference.count_nonfinite(x)
-    found = torch.empty(2, dtype=torch.int64)
+    found = torch.empty(2, dtype=torch.int64, device=_CPU)
     native.kernel("count_nonfinite", "plpii")(
         x.data_ptr(), x.numel(), found.data_ptr(), native.DTYPES[x.dtype], threads()
     )
