@@ -208,13 +208,8 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     device = options.device or devices.default_device()
     dtype = options.dtype or devices.resolve_precision("auto", device)
     config = load_config(source, trust_remote_code=options.trust_remote_code)
-    check_index(source.path)
     stored = _raw_config(source).get("quantization_config")
-    for path in source.weight_files():
-        if path.suffix == ".safetensors":
-            header = check_safetensors(path)
-            if not stored:
-                _require_plain(path, header)
+    _check_files(source, quantized=bool(stored))
     quant = options.quant
     if stored:
         quant = quant or QuantConfig()
@@ -252,6 +247,15 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         use_fast_paths(model)
     devices.release_memory()
     return model.eval()
+
+
+def _check_files(source: ModelSource, *, quantized: bool) -> None:
+    check_index(source.path)
+    for path in source.weight_files():
+        if path.suffix == ".safetensors":
+            header = check_safetensors(path)
+            if not quantized:
+                _require_plain(path, header)
 
 
 def _require_plain(path: Path, header: dict[str, Any]) -> None:

@@ -178,8 +178,7 @@ def _skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
         if trains_prompt(shape.method):
             model = add_prompt(base, shape.prompt, method=shape.method)
         else:
-            # dropout keeps nothing, and its seeds are values, which a plan does not have
-            model = _adapted(base, shape.lora.model_copy(update={"lora_dropout": 0.0}))
+            model = _adapted(base, shape.lora)
     return model.train()
 
 

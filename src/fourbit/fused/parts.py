@@ -120,10 +120,12 @@ def draw_seeds(projections: tuple[Projection, ...]) -> tuple[int, ...]:
     One after another from torch's CPU generator: gradient checkpointing restores it, and a layer
     that takes the other path draws the same.
     """
-    return tuple(
-        int(torch.randint(2**62, (1,))) if p.dropout > 0 and p.lora_A is not None else 0
-        for p in projections
-    )
+    return tuple(_seed() if p.dropout > 0 and p.lora_A is not None else 0 for p in projections)
+
+
+def _seed() -> int:
+    drawn = torch.randint(2**62, (1,))
+    return 0 if isinstance(drawn, FakeTensor) else int(drawn)  # a plan has no values
 
 
 def record_path(layer: nn.Module, path: str) -> None:
