@@ -20,7 +20,7 @@ FLOORS = [
     {"quantize"},
     {"linear", "absmax"},
     {"lora", "loss", "optim", "prompts", "bnb_format", "experts"},
-    {"integrations.config", "integrations.experts"},
+    {"integrations.config", "integrations.experts", "integrations.anatomy"},
     {"integrations.starts", "integrations.merging", "integrations.names"},
     {"integrations.tuners"},
     {"integrations.peft", "integrations.prompts"},

@@ -1,0 +1,250 @@
+"""Where the parts of known architectures are: what fused training and the decoder need to know.
+
+A decoder layer is known by its exact class, never by its names or shapes; a subclass may compute
+something else. Parts are looked up by name at every call, because PEFT replaces them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Names inside one decoder layer: ``x + attention(norm(x))``, then ``x + mlp(norm(x))``.
+
+    Attributes:
+        attention: the attention module of the layer.
+        qkv: its input projections: three, or one that holds query, key and value in this order.
+        out: its output projection.
+        mlp: the feed-forward module of the layer.
+        up: its input projections: gate and up, one that holds both in this order, or one alone.
+        gated: whether the activation of the first half multiplies the second.
+        down: its output projection.
+        activation: the activation module of the feed-forward.
+        norm_attention: norm before attention.
+        norm_mlp: norm before the feed-forward.
+        norm_after_attention: norm of attention's result before it is added.
+        norm_after_mlp: likewise of the feed-forward's result.
+        head_norms: norms of each head's query and key, in the attention module.
+        residual_scale: attribute of the layer by which results are multiplied before being added.
+        dropouts: dropout modules and probabilities that must be off, ``layer.path`` each.
+        rotary: whether positions enter by rotation of query and key.
+    """
+
+    attention: str = "self_attn"
+    qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    out: str = "o_proj"
+    mlp: str = "mlp"
+    up: tuple[str, ...] = ("gate_proj", "up_proj")
+    gated: bool = True
+    down: str = "down_proj"
+    activation: str = "act_fn"
+    norm_attention: str = "input_layernorm"
+    norm_mlp: str = "post_attention_layernorm"
+    norm_after_attention: str | None = None
+    norm_after_mlp: str | None = None
+    head_norms: tuple[str, str] | None = None
+    residual_scale: str | None = None
+    dropouts: tuple[str, ...] = ("self_attn.attention_dropout",)
+    rotary: bool = True
+
+
+_LLAMA = LayerNames()
+_NORMED_HEADS = replace(_LLAMA, head_norms=("q_norm", "k_norm"))
+_FOUR_NORMS = replace(
+    _LLAMA,
+    norm_after_attention="post_attention_layernorm",
+    norm_mlp="pre_feedforward_layernorm",
+    norm_after_mlp="post_feedforward_layernorm",
+)
+
+_LAYERS: dict[str, LayerNames] = {
+    "llama.LlamaDecoderLayer": _LLAMA,
+    "mistral.MistralDecoderLayer": _LLAMA,
+    "qwen2.Qwen2DecoderLayer": _LLAMA,
+    "qwen3.Qwen3DecoderLayer": _NORMED_HEADS,
+    "gemma.GemmaDecoderLayer": _LLAMA,
+    "gemma2.Gemma2DecoderLayer": _FOUR_NORMS,
+    "gemma3.Gemma3DecoderLayer": replace(_FOUR_NORMS, head_norms=("q_norm", "k_norm")),
+    "granite.GraniteDecoderLayer": replace(_LLAMA, residual_scale="residual_multiplier"),
+    "phi3.Phi3DecoderLayer": replace(
+        _LLAMA,
+        qkv=("qkv_proj",),
+        up=("gate_up_proj",),
+        activation="activation_fn",
+        dropouts=("self_attn.attention_dropout", "resid_attn_dropout", "resid_mlp_dropout"),
+    ),
+    "gpt2.GPT2Block": LayerNames(
+        attention="attn",
+        qkv=("c_attn",),
+        out="c_proj",
+        up=("c_fc",),
+        gated=False,
+        down="c_proj",
+        activation="act",
+        norm_attention="ln_1",
+        norm_mlp="ln_2",
+        dropouts=("attn.attn_dropout", "attn.resid_dropout", "mlp.dropout"),
+        rotary=False,
+    ),
+}
+
+# By class, as for layers: gemma's norm multiplies by 1 + weight.
+_NORM_OFFSETS = {
+    "llama.LlamaRMSNorm": 0.0,
+    "mistral.MistralRMSNorm": 0.0,
+    "qwen2.Qwen2RMSNorm": 0.0,
+    "qwen3.Qwen3RMSNorm": 0.0,
+    "granite.GraniteRMSNorm": 0.0,
+    "phi3.Phi3RMSNorm": 0.0,
+    "gemma.GemmaRMSNorm": 1.0,
+    "gemma2.Gemma2RMSNorm": 1.0,
+    "gemma3.Gemma3RMSNorm": 1.0,
+}
+_ACTIVATIONS = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One norm: ``x / rms(x) * (weight + offset)``, or a layer norm when ``bias`` is there.
+
+    Attributes:
+        weight: ``[D]``.
+        bias: ``[D]`` of a layer norm; None for a root-mean-square norm.
+        eps: added to the mean square (to the variance).
+        offset: added to the weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    offset: float
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Shape and scores of one layer's attention.
+
+    Attributes:
+        heads: query heads.
+        kv_heads: key and value heads.
+        head_dim: width of a head.
+        scale: of the scores.
+        softcap: of the scores; 0 for none.
+        sliding_window: number of keys a query sees, itself included; None for all.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float
+    sliding_window: int | None
+
+
+def _known_as(cls: type) -> str:
+    """``llama.LlamaDecoderLayer`` for transformers' class of that name; compared without imports."""
+    prefix, _, module = cls.__module__.rpartition(".")
+    family = prefix.removeprefix("transformers.models.")
+    return f"{family}.{cls.__qualname__}" if module == f"modeling_{family}" else ""
+
+
+def layer_names(layer: nn.Module) -> LayerNames | None:
+    """The names inside a decoder layer of a known class (or of our subclass of it), else None."""
+    for cls in type(layer).__mro__[:2]:
+        names = _LAYERS.get(_known_as(cls))
+        if names is not None:
+            return names
+    return None
+
+
+def known_layers(model: nn.Module) -> list[nn.Module]:
+    """The decoder layers of known classes, in order; empty for an unknown architecture."""
+    return [module for module in model.modules() if layer_names(module) is not None]
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """What a norm computes; None for an unknown class."""
+    if type(module) is nn.LayerNorm:
+        if module.weight is None or module.bias is None:
+            return None
+        return Norm(module.weight, module.bias, module.eps, 0.0)
+    offset = _NORM_OFFSETS.get(_known_as(type(module)))
+    if offset is None:
+        return None
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return None if eps is None else Norm(weight, None, float(eps), offset)
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """``silu`` or ``gelu_tanh``; None for any other."""
+    return _ACTIVATIONS.get(type(module).__name__)
+
+
+def heads_of(attention: nn.Module) -> Heads:
+    """Shape and scores of an attention module of a known layer."""
+    config: Any = attention.config
+    heads = config.num_attention_heads
+    head_dim = attention.head_dim
+    window = getattr(attention, "sliding_window", None)
+    if not hasattr(attention, "sliding_window") and hasattr(config, "sliding_window"):
+        window = config.sliding_window
+    return Heads(
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=int(head_dim),  # type: ignore[arg-type]
+        scale=float(attention.scaling),  # type: ignore[arg-type]
+        softcap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+        sliding_window=window,
+    )
+
+
+def dropout_free(layer: nn.Module, names: LayerNames) -> bool:
+    """Whether none of the layer's own dropouts (not those of adapters) is at work."""
+    if not layer.training:
+        return True
+    for path in names.dropouts:
+        value: Any = layer
+        for part in path.split("."):
+            value = getattr(value, part, 0.0)
+        if (value.p if isinstance(value, nn.Dropout) else float(value)) > 0:
+            return False
+    return True
+
+
+def residual_scale(layer: nn.Module, names: LayerNames) -> float:
+    """What results are multiplied by before they are added to the layer's input."""
+    return 1.0 if names.residual_scale is None else float(getattr(layer, names.residual_scale))
+
+
+def rotary_tables(
+    model: PreTrainedModel, layer: nn.Module, positions: Tensor, *, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``cos`` and ``sin``, ``[B, T, rotary_dim]`` in ``dtype``, as ``layer`` is given them.
+
+    Args:
+        model: the transformers model the layer belongs to.
+        layer: a layer of an architecture with rotation.
+        positions: int64 ``[B, T]``.
+        dtype: of the tables.
+    """
+    rotary: Any = getattr(model.base_model, "rotary_emb")  # noqa: B009
+    like = torch.empty(0, dtype=dtype, device=positions.device)
+    kinds = getattr(rotary, "layer_types", None)
+    kind = getattr(layer.get_submodule("self_attn"), "layer_type", None)
+    if kinds and kind is not None:
+        return rotary(like, positions, kind)
+    return rotary(like, positions)
