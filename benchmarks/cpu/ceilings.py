@@ -29,8 +29,15 @@ SHAPES = {
     "gate/up 1.1B": (512, 2048, 5632),
     "down 1.1B": (512, 5632, 2048),
     "head 1.1B": (512, 2048, 32000),
+    "k/v 1.1B": (512, 2048, 256),
+    "lora A 1.1B": (512, 2048, 16),
+    "lora B 1.1B": (512, 16, 2048),
 }
 """Tokens, input and output features."""
+LAYERS = {"q/o": 2, "k/v": 2, "gate/up": 2, "down": 1, "lora A": 7, "lora B": 7}
+"""Products in a layer's forward pass; adapters are counted at the size of q."""
+COUNTS = {"": ("135M", 30, 2048), "-1.1b": ("1.1B", 22, 512)}
+"""Name in `SHAPES`, layers, tokens of a step, by the ending of a case's name."""
 RATES = ("bf16_gflops", "bf16_back_gflops", "fp32_gflops", "fp32_back_gflops", "int8_gflops")
 BANDWIDTHS = ("read_gb_s", "copy_gb_s", "fill_gb_s", "read_one_thread_gb_s")
 BANDWIDTH_MB = 512
@@ -56,6 +63,29 @@ def main() -> None:
         rows = [row for row in outcome.rows if row["case"].startswith(kind)]
         print(protocol.table(rows, columns))
     protocol.finish(outcome, [])
+
+
+def training_limit(rows: list[protocol.Row], size: str) -> float | None:
+    """Tokens/s of a step that does its bf16 matrix products, at measured rates, and nothing else.
+
+    Each product of the frozen weights once forward and once for the gradient of its input, those of
+    the adapters once more for their own gradients; attention is not counted.
+    """
+    name, layers, tokens = COUNTS[size]
+    found = 0.0
+    for kind, count in {**{k: layers * n for k, n in LAYERS.items()}, "head": 1}.items():
+        shape = SHAPES[f"{kind} {name}"]
+        rates = [
+            protocol.spread(rows, f"gemm {kind} {name}", f"{which}_gflops")
+            for which in ("bf16", "bf16_back")
+        ]
+        if any(rate is None for rate in rates):
+            return None
+        forward, back = (1 / rate.median for rate in rates if rate is not None)
+        work = 2 * tokens * shape[1] * shape[2] / 1e9
+        extra = forward if kind.startswith("lora") else 0.0
+        found += count * work * (forward + back + extra)
+    return tokens / found
 
 
 # The child.

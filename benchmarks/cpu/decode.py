@@ -279,10 +279,30 @@ def bnb_side(spec: dict[str, Any]) -> tuple[Run, float]:
     return generate_run(with_adapter(base, spec).eval()), size
 
 
+def torchao_side(spec: dict[str, Any]) -> tuple[Run, float]:
+    """torchao's weight-only INT4, in its layout for CPUs."""
+    import child
+    import sides
+    import torch
+
+    quantization = child.peer("torchao.quantization")
+    layout = child.peer("torchao.prototype.quantization.int4")
+    model = sides.from_pretrained(spec["model"], dtype=torch.bfloat16).eval()
+    model.config.use_cache = True
+    size = stored_bytes(model)
+    wanted = set(sides.quantized_by_all(model))
+    sizes = sum(module.weight.numel() for module in wanted)
+    settings = layout.PrototypeInt4WeightOnlyConfig(group_size=64, set_inductor_config=False)
+    quantization.quantize_(model, settings, filter_fn=lambda module, _name: module in wanted)
+    # four bits, and two bf16 numbers for each 64 weights
+    return generate_run(model), size - sizes * (2 - 0.5 - 4 / 64)
+
+
 MAKERS: dict[str, Callable[[dict[str, Any]], tuple[Run, float]]] = {
     "fourbit": fourbit_side,
     "transformers": transformers_side,
     "bnb": bnb_side,
+    "torchao": torchao_side,
 }
 
 

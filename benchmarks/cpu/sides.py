@@ -198,6 +198,25 @@ def bnb_expert(spec: dict[str, Any]) -> Trainee:
     return Trainee(model.train(), own_loss(model))
 
 
+# torchao.
+
+
+def torchao(spec: dict[str, Any]) -> Trainee:
+    """LoRA on torchao's NF4 tensors, which PEFT sees as the weights of ordinary linear layers."""
+    quantization = child.peer("torchao.quantization")
+    from peft import get_peft_model
+
+    model = from_pretrained(spec["model"], dtype=torch.bfloat16)
+    for module in quantized_by_all(model):
+        count = module.weight.numel() // 64
+        group = next(size for size in (256, 128, 64, 32, 1) if count % size == 0)
+        packed = quantization.to_nf4(module.weight.detach(), 64, group)
+        module.weight = nn.Parameter(packed, requires_grad=False)
+    model.requires_grad_(False)
+    model = get_peft_model(model, lora()).train()
+    return Trainee(model, own_loss(model))
+
+
 # Without quantization, or with its result as plain weights.
 
 
@@ -223,11 +242,15 @@ def round_to_nf4(model: nn.Module) -> None:
     """Every weight that the 4-bit sides quantize becomes the value they compute with."""
     from fourbit import dequantize_4bit, quantize_4bit
 
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            packed, state = quantize_4bit(module.weight.detach())
-            module.weight.data = dequantize_4bit(packed, state).to(module.weight.dtype)
+    for module in quantized_by_all(model):
+        packed, state = quantize_4bit(module.weight.detach())
+        module.weight.data = dequantize_4bit(packed, state).to(module.weight.dtype)
+
+
+def quantized_by_all(model: Any) -> list[nn.Linear]:
+    """Every linear layer but the head."""
+    head = model.get_output_embeddings()
+    return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
 
 
 SIDES: dict[str, Callable[[dict[str, Any]], Trainee]] = {
@@ -235,5 +258,6 @@ SIDES: dict[str, Callable[[dict[str, Any]], Trainee]] = {
     "fourbit-transformers": fourbit_transformers,
     "bnb": bnb,
     "bnb-expert": bnb_expert,
+    "torchao": torchao,
     "plain": plain,
 }

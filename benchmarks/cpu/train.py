@@ -39,11 +39,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "fourbit-checkpointing": {"side": "fourbit", "checkpointing": True},
     "bnb-checkpointing": {"side": "bnb", "checkpointing": True},
     "trl-no-checkpointing": {"side": "trl", "checkpointing": False},
-    "torchao": {"side": "torchao"},
+    "torchao": {"side": "torchao", "rows": 1, "steps": 1},  # minutes a step with four rows
 }
 LARGE = {"fourbit": {"side": "fourbit"}, "bnb-expert": {"side": "bnb-expert"}}
 LIKE = {"lora-bf16": "plain weights", "fourbit-defaults": "documents are kept apart",
-        "fourbit-dropout": "dropout"}  # fmt: skip
+        "fourbit-dropout": "dropout", "torchao": "one row"}  # fmt: skip
 """Cases whose first loss is another quantity, and why."""
 
 
