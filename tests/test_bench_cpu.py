@@ -1,4 +1,4 @@
-"""The harness in benchmarks/cpu itself: order, resuming, failures, verdicts; no model is touched."""
+"""The harness in benchmarks/cpu: order, resuming, failures, verdicts. No model is touched."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_wrong_path_or_loss_fails_the_training_benchmark(bench):
 
 def test_worse_gradients_or_losses_fail_the_correctness_gate(bench):
     correct = bench("correct")
-    names = ("transformers-bf16", "transformers-bf16-eager", "bnb-expert", "fourbit")
+    names = (*correct.SPREAD, "fourbit")
     found = [
         {"case": n, "gradient_error": 0.06, "mean_loss_difference": 1e-3, "steps": 50}
         for n in names

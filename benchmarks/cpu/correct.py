@@ -34,12 +34,18 @@ SIDES: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
         "attention": "eager",
     },  # fmt: skip
+    "transformers-bf16-narrow": {
+        "side": "plain",
+        "nf4": True,
+        "dtype": "bfloat16",
+        "narrow_adapters": True,
+    },  # fmt: skip
     "bnb": {"side": "bnb"},
     "bnb-expert": {"side": "bnb-expert"},
     "fourbit": {"side": "fourbit"},
 }
-SPREAD = (BF16, "transformers-bf16-eager", "bnb-expert")
-"""The bf16 runs that the loss is compared with."""
+SPREAD = (BF16, "transformers-bf16-eager", "transformers-bf16-narrow")
+"""The bf16 runs that the loss is compared with: the same weights, bit for bit."""
 
 
 def cases(options: argparse.Namespace) -> list[Case]:

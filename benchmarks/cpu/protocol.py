@@ -12,6 +12,7 @@ import argparse
 import csv
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -115,6 +116,10 @@ def git(*arguments: str) -> str:
 
 def commit() -> str:
     """The newest commit of the code that is measured; results and pages do not change it."""
+    spec = importlib.util.find_spec("fourbit")
+    if spec is None or spec.origin is None or REPOSITORY not in Path(spec.origin).parents:
+        # another checkout or a wheel: this repository's commits say nothing about it
+        return "elsewhere"
     measured = ("src", "csrc", "benchmarks/cpu")
     found = git("log", "-1", "--format=%h", "--", *measured) or "unknown"
     return found + ("-dirty" if git("status", "--porcelain", "--", *measured) else "")
