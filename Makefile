@@ -31,7 +31,7 @@ bench: $(VENV)/.dev
 
 # About three hours on two cores; BENCH=--quick tries it, BENCH=--resume goes on (benchmarks/README.md).
 bench-cpu: $(VENV)/.dev
-	$(BIN)/python benchmarks/cpu/run.py --require-path fused $(BENCH)
+	$(BIN)/python benchmarks/cpu/run.py --require-path fused --require-engine native $(BENCH)
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -136,14 +136,14 @@ def test_a_wrong_path_or_loss_fails_the_training_benchmark(bench):
     fused, mixed = json.dumps({"fused": 30}), json.dumps({"fused": 29, "generic": 1})
     rows = [
         row("bnb-expert", first_loss=4.00),
-        row("fourbit", first_loss=4.02, paths=fused),
+        row("fourbit", first_loss=4.02, paths=fused, layers=30),
         row("lora-bf16", first_loss=3.5),
     ]
     assert train.faults(protocol.Outcome(rows), "fused") == []
-    rows[1] = row("fourbit", first_loss=4.02, paths=mixed)
+    rows[1] = row("fourbit", first_loss=4.02, paths=mixed, layers=30)
     assert "29" in train.faults(protocol.Outcome(rows), "fused")[0]
     assert train.faults(protocol.Outcome(rows), None) == []
-    rows[1] = row("fourbit", first_loss=4.08, paths=fused)
+    rows[1] = row("fourbit", first_loss=4.08, paths=fused, layers=30)
     assert train.faults(protocol.Outcome(rows), "fused") == [
         "fourbit: first loss 4.0800, bnb-expert has 4.0000"
     ]

@@ -12,6 +12,7 @@ rounding does (a wrong engine loses whole nats).
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import time
@@ -80,6 +81,7 @@ def regrets(outcome: Outcome, wanted: list[Case], options: argparse.Namespace) -
 
 def main() -> None:
     parser = protocol.parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--require-engine", help="that our 4-bit sides must report: native")
     options = parser.parse_args()
     if options.child:
         child_main(json.loads(options.child))
@@ -95,7 +97,14 @@ def main() -> None:
         for name, regret in lost.items()
         if name.startswith("fourbit") and not regret <= REGRET
     ]
-    protocol.finish(outcome, faults)
+    wrong = {
+        f"{row['case']}: decoded by {row['engine']}, not {options.require_engine}"
+        for row in outcome.rows
+        if options.require_engine
+        and row["case"].removesuffix("-1.1b") in ("fourbit", "fourbit-lora")
+        and row["engine"] != options.require_engine
+    }
+    protocol.finish(outcome, [*faults, *sorted(wrong)])
 
 
 def report_bandwidth(outcome: Outcome) -> None:
@@ -142,6 +151,8 @@ def read_bandwidth(spec: dict[str, Any]) -> dict[str, float]:
 
 Run = Callable[[list[int], int], list[int]]
 """New ids for a prompt: exactly as many as asked for."""
+Maker = tuple[Run, float, str]
+"""How to run, the bytes of weights a token reads, and the code that runs."""
 
 
 def decode(spec: dict[str, Any]) -> dict[str, Any]:
@@ -153,11 +164,12 @@ def decode(spec: dict[str, Any]) -> dict[str, Any]:
     del _peft, _transformers
     memory = child.Memory()
     began = time.perf_counter()
-    run, weights = MAKERS[spec["side"]](spec)
+    run, weights, engine = MAKERS[spec["side"]](spec)
     loaded = time.perf_counter() - began
     memory.start()
     found = time_tokens(run, spec)
-    return {**found, "weights_mb": weights / 1e6, **memory.values(), "load_s": loaded}
+    told = {"weights_mb": weights / 1e6, "engine": engine, "load_s": loaded}
+    return {**found, **told, **memory.values()}
 
 
 def time_tokens(run: Run, spec: dict[str, Any], *, repeats: int = 3) -> dict[str, Any]:
@@ -167,9 +179,9 @@ def time_tokens(run: Run, spec: dict[str, Any], *, repeats: int = 3) -> dict[str
     text = child.tokens(spec, 1, PREFILL)[0].tolist()
     short, new = text[:PROMPT], spec["new"]
     run(short, 4)
+    first = child.median_seconds(lambda: run(short, 1), repeats=repeats)
     speeds, ids = [], []
     for _ in range(repeats):
-        first = child.seconds(lambda: run(short, 1))
         began = time.perf_counter()
         ids = run(short, new + 1)
         speeds.append(new / (time.perf_counter() - began - first))
@@ -200,7 +212,7 @@ def with_adapter(model: Any, spec: dict[str, Any]) -> Any:
     return model
 
 
-def fourbit_side(spec: dict[str, Any]) -> tuple[Run, float]:
+def fourbit_side(spec: dict[str, Any]) -> Maker:
     """`fourbit generate`: the Generator."""
     import fourbit
     from fourbit.generate import Generator, Sampling
@@ -226,7 +238,17 @@ def fourbit_side(spec: dict[str, Any]) -> tuple[Run, float]:
         generator.answers([prompt], Sampling(max_new_tokens=count))
         return seen[-1]
 
-    return run, stored_bytes(base)
+    return run, stored_bytes(base), engine_of(model)
+
+
+def engine_of(model: Any) -> str:
+    """``native``, or why transformers' own generation serves."""
+    try:
+        decoding = importlib.import_module("fourbit.decoding")
+    except ModuleNotFoundError:
+        return "unknown"
+    decoder, reason = decoding.build_decoder(model)
+    return reason if decoder is None else "native"
 
 
 def stored_bytes(model: Any) -> float:
@@ -260,26 +282,26 @@ def generate_run(model: Any) -> Run:
     return run
 
 
-def transformers_side(spec: dict[str, Any]) -> tuple[Run, float]:
+def transformers_side(spec: dict[str, Any]) -> Maker:
     import sides
     import torch
 
     model = sides.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"])).eval()
     model.config.use_cache = True
-    return generate_run(model), stored_bytes(model)
+    return generate_run(model), stored_bytes(model), "transformers"
 
 
-def bnb_side(spec: dict[str, Any]) -> tuple[Run, float]:
+def bnb_side(spec: dict[str, Any]) -> Maker:
     """bitsandbytes through transformers; in eval mode it takes its native kernels."""
     import sides
 
     base = sides.bnb_base(spec, int8=spec.get("int8", False)).eval()
     base.config.use_cache = True
     size = stored_bytes(base)
-    return generate_run(with_adapter(base, spec).eval()), size
+    return generate_run(with_adapter(base, spec).eval()), size, "bitsandbytes"
 
 
-def torchao_side(spec: dict[str, Any]) -> tuple[Run, float]:
+def torchao_side(spec: dict[str, Any]) -> Maker:
     """torchao's weight-only INT4, in its layout for CPUs."""
     import child
     import sides
@@ -295,10 +317,10 @@ def torchao_side(spec: dict[str, Any]) -> tuple[Run, float]:
     settings = layout.PrototypeInt4WeightOnlyConfig(group_size=64, set_inductor_config=False)
     quantization.quantize_(model, settings, filter_fn=lambda module, _name: module in wanted)
     # four bits, and two bf16 numbers for each 64 weights
-    return generate_run(model), size - sizes * (2 - 0.5 - 4 / 64)
+    return generate_run(model), size - sizes * (2 - 0.5 - 4 / 64), "torchao"
 
 
-MAKERS: dict[str, Callable[[dict[str, Any]], tuple[Run, float]]] = {
+MAKERS: dict[str, Callable[[dict[str, Any]], Maker]] = {
     "fourbit": fourbit_side,
     "transformers": transformers_side,
     "bnb": bnb_side,
@@ -346,7 +368,8 @@ def llama_cpp(spec: dict[str, Any]) -> dict[str, Any]:
     memory.start()
     found = time_tokens(run, spec)
     size = api.llama_model_size(model)
-    return {**found, "weights_mb": size / 1e6, **memory.values(), "load_s": loaded}
+    told = {"weights_mb": size / 1e6, "engine": "llama.cpp", "load_s": loaded}
+    return {**found, **told, **memory.values()}
 
 
 def judge(spec: dict[str, Any]) -> dict[str, float]:

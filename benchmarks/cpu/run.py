@@ -21,6 +21,7 @@ SCRIPTS = ("correct", "train", "head", "decode", "load", "ceilings", "caps", "cl
 def main() -> None:
     parser = protocol.parser((__doc__ or "").splitlines()[0])
     parser.add_argument("--require-path", help="of train.py")
+    parser.add_argument("--require-engine", help="of decode.py")
     parser.add_argument("--strict", action="store_true", help="of claims.py")
     parser.add_argument("--scripts", nargs="*", choices=SCRIPTS, default=SCRIPTS)
     options = parser.parse_args()
@@ -29,6 +30,9 @@ def main() -> None:
     for name in options.scripts:
         special = {
             "train": ["--require-path", options.require_path] if options.require_path else [],
+            "decode": ["--require-engine", options.require_engine]
+            if options.require_engine
+            else [],
             "claims": ["--strict"] if options.strict else [],
         }
         command = [sys.executable, str(protocol.HERE / f"{name}.py"), *shared]
@@ -45,7 +49,7 @@ def main() -> None:
 def forwarded(options: object) -> list[str]:
     """The shared arguments as they were given."""
     given = {key.replace("_", "-"): value for key, value in vars(options).items()}
-    own = ("require-path", "strict", "scripts", "default-rounds", "child", "only")
+    own = ("require-path", "require-engine", "strict", "scripts", "default-rounds", "child", "only")
     found: list[str] = []
     for key, value in given.items():
         if key in own or value is None or value is False or value == "":

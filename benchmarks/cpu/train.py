@@ -79,9 +79,9 @@ def faults(outcome: Outcome, require: str | None) -> list[str]:
                 )
     for row in outcome.rows:
         if require and row["case"].startswith("fourbit"):
-            paths = json.loads(row["paths"])
-            if set(paths) != {require}:
-                found.append(f"{row['case']}: layers took {paths}, not only {require}")
+            paths, layers = json.loads(row["paths"]), int(row["layers"])
+            if paths != {require: layers}:
+                found.append(f"{row['case']}: {layers} layers took {paths}, not all {require}")
     return list(dict.fromkeys(found))
 
 
@@ -127,8 +127,12 @@ def child_main(spec: dict[str, Any]) -> None:
         began = time.perf_counter()
         losses.append(side.step(ids))
         times.append(time.perf_counter() - began)
-    paths = child.paths(side.model) if spec["side"].startswith("fourbit") else {}
-    child.emit(figures(spec, times, losses) | memory.values() | {"load_s": loaded, "paths": paths})
+    told = {
+        "load_s": loaded,
+        "paths": child.paths(side.model) if spec["side"].startswith("fourbit") else {},
+        "layers": side.model.config.get_text_config().num_hidden_layers,
+    }
+    child.emit(figures(spec, times, losses) | memory.values() | told)
 
 
 def figures(spec: dict[str, Any], times: list[float], losses: list[float]) -> dict[str, Any]:
@@ -203,7 +207,8 @@ def run_trl(spec: dict[str, Any]) -> None:
         memory.start()
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    child.emit(figures(spec, times, losses) | memory.values() | {"load_s": loaded, "paths": {}})
+    told = {"load_s": loaded, "paths": {}, "layers": model.config.num_hidden_layers}
+    child.emit(figures(spec, times, losses) | memory.values() | told)
 
 
 if __name__ == "__main__":
