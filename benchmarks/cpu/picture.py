@@ -31,14 +31,14 @@ TOOLS = {
 """Colours of Okabe and Ito, which remain apart for colour-blind readers."""
 LABELS = {
     "fourbit": "fourbit",
-    "fourbit-transformers": "fourbit, own loop",
-    "fourbit-defaults": "fourbit, its defaults",
+    "fourbit-transformers": "fourbit in transformers",
+    "fourbit-defaults": "fourbit, dropout + packing",
     "fourbit-checkpointing": "fourbit, checkpointing",
-    "bnb": "bitsandbytes + PEFT",
-    "bnb-expert": "bitsandbytes, all bf16",
-    "trl": "TRL defaults",
+    "bnb": "bitsandbytes",
+    "bnb-expert": "bitsandbytes all-bf16",
+    "trl": "TRL SFTTrainer",
     "lora-bf16": "LoRA, 16-bit base",
-    "torchao": "torchao NF4 (one row)",
+    "torchao": "torchao NF4, one row",
     "fourbit-lora": "fourbit + LoRA",
     "fourbit-int8": "fourbit INT8",
     "fourbit-16bit": "fourbit, 16 bits",
@@ -89,7 +89,7 @@ def bars(axes: Any, rows: list[Row], names: tuple[str, ...], column: str, size: 
             text, (high, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
         )
     axes.set_yticks(range(len(shown)), [LABELS.get(name, name) for name, _ in shown], fontsize=9)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(shown), 5) - 0.5, -0.5)
     axes.margins(x=0.16)
     axes.tick_params(axis="x", labelsize=8, colors=_GREY)
     axes.tick_params(axis="y", length=0)
