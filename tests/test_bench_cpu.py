@@ -37,8 +37,9 @@ def bench(monkeypatch):
 
 
 @pytest.fixture
-def stage(bench, tmp_path):
+def stage(bench, tmp_path, monkeypatch):
     protocol = bench("protocol")
+    monkeypatch.setattr(protocol, "busy", lambda: 0.0)  # it listens for half a second
     script = tmp_path / "script.py"
     script.write_text(CHILD)
     log = tmp_path / "log"

@@ -193,6 +193,23 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
 # Running.
 
 
+def busy() -> float:
+    """CPUs that are in use before a side begins; above a tenth or so its row is no evidence."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+
+    def ticks() -> tuple[int, int]:
+        fields = [int(field) for field in path.read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(fields) - fields[3] - fields[4], sum(fields)
+
+    used, total = ticks()
+    time.sleep(0.5)
+    used_later, total_later = ticks()
+    share = (used_later - used) / max(total_later - total, 1)
+    return share * (os.cpu_count() or 1)
+
+
 def environment(options: argparse.Namespace, extra: Mapping[str, str]) -> dict[str, str]:
     """The child's environment: the same thread counts for every side, no network."""
     count = str(options.threads)
@@ -270,7 +287,7 @@ def _one(
     outcome: Outcome,
 ) -> None:
     turn, about, options = place
-    began = time.perf_counter()
+    load, began = busy(), time.perf_counter()
     try:
         found = run_child(script, case.spec, options, case.env)
     except RuntimeError as error:
@@ -282,7 +299,7 @@ def _one(
         say(f"{case.name}: skipped, {found['skipped']}")
         return
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    row = {"date": now, **about, "case": case.name, "round": str(turn)}
+    row = {"date": now, **about, "case": case.name, "round": str(turn), "busy": f"{load:.2f}"}
     row |= {key: _text(value) for key, value in found.items()}
     append(results, row)
     outcome.rows.append(row)
