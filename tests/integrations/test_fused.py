@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fourbit import native
 from fourbit.fused import observer, paths
@@ -18,7 +19,11 @@ from fourbit.fused.scratch import SCRATCH, Scratch
 from fourbit.integrations.anatomy import FUSED_FROM, known_layers
 from fourbit.integrations.attention import NAME, register
 from fourbit.integrations.fused import fused_class, use_fast_paths
-from fourbit.integrations.transformers import enable_checkpointing, quantize_model
+from fourbit.integrations.transformers import (
+    FourbitConfig,
+    enable_checkpointing,
+    quantize_model,
+)
 from fourbit.quantize import QuantConfig
 from models import tiny_model
 
@@ -348,3 +353,21 @@ def test_generation_with_a_cache_is_unchanged():
     model, plain = fuse(build("llama")).eval(), build("llama").eval()
     inputs = {"input_ids": ids, "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(**inputs), plain.generate(**inputs))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_from_pretrained_fuses_unless_told_not_to(
+    wanted: bool, model_folder: Callable[[str], Path]
+):
+    config = FourbitConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype="float32",
+        fused_layers=wanted,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder("llama"), quantization_config=config, dtype=torch.float32
+    )
+    run_plain(model, torch.randint(0, 256, (1, 5)))
+    assert paths(model) == ({"fused": 2} if wanted and native.isa() != "scalar" else {})
+    assert "fused_layers" not in model.config.quantization_config.to_dict()

@@ -226,9 +226,13 @@ def _norm(module: nn.Module, name: str, x: Tensor) -> Norm:
     if norm is None:
         raise _Generic("another norm")
     for tensor in (norm.weight, norm.bias):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.requires_grad):
+        if tensor is not None and (tensor.dtype != x.dtype or _trained(tensor)):
             raise _Generic("a norm in another dtype, or trained")
     return norm
+
+
+def _trained(tensor: Tensor) -> bool:
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _after(layer: nn.Module, name: str | None, x: Tensor) -> Norm | None:
@@ -270,7 +274,7 @@ def _frozen_base(module: nn.Module, x: Tensor) -> Linear4bit | nn.Linear:
             raise _Generic("another compute dtype")
     elif type(module) is not nn.Linear or module.weight.dtype != x.dtype:
         raise _Generic(f"a projection is {type(module).__name__}")
-    if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+    if any(map(_trained, module.parameters(recurse=False))):
         raise _Generic("a trained projection")
     return module
 
