@@ -21,6 +21,7 @@ static inline void by_type(int dtype, const Body& body) {
 }  // namespace FB_NAMESPACE
 
 #include "kernels/norm.h"
+#include "kernels/decode.h"
 
 namespace FB_NAMESPACE {
 

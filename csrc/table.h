@@ -3,7 +3,10 @@
 
 #define FB_KERNELS(X) \
   X(rms_norm)         \
-  X(rms_norm_backward)
+  X(rms_norm_backward) \
+  X(decode_workspace) \
+  X(decode_step)       \
+  X(decode_layout)
 
 namespace fb {
 

@@ -25,7 +25,7 @@ FLOORS = [
     {"integrations.tuners"},
     {"integrations.peft", "integrations.prompts"},
     {"integrations.transformers", "integrations.gguf", "receipt"},
-    {"sources", "data", "integrations.trainer", "integrations.takeover"},
+    {"sources", "data", "decoding", "integrations.trainer", "integrations.takeover"},
     {"loading"},
     {"planner", "generate", "report"},
     {"evaluate", "training"},
