@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <type_traits>
 
@@ -31,7 +32,8 @@ struct Gate {
 #if defined(__x86_64__) || defined(_M_X64)
       __builtin_ia32_pause();
 #endif
-      if (spins > 20000) std::this_thread::yield();
+      // someone else has the processor that the last thread needs: burning this one helps nobody
+      if (spins > 4000) std::this_thread::sleep_for(std::chrono::microseconds(50));
     }
   }
 };

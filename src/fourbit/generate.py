@@ -329,8 +329,9 @@ class _Streamer(BaseStreamer):
     def put(self, value: Tensor) -> None:
         """The prompt first, then token after token."""
         if self._begun:
-            fresh = {0: token for token in value.tolist() if token not in self._stop}
-            self._said.tokens(fresh)
+            for token in value.tolist():
+                if token not in self._stop:
+                    self._said.tokens({0: token})
         self._begun = True
 
     def end(self) -> None:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from fourbit import native
 from fourbit.decoding.layout import Layout, Step, UnknownModel, check_sizes, lay_out
-from fourbit.decoding.sampling import Choice, choose
+from fourbit.decoding.sampling import GREEDY, Choice, choose
 from fourbit.integrations import anatomy
 from fourbit.integrations.peft import base_model
 from fourbit.integrations.prompts import prompted
@@ -110,7 +110,7 @@ class Decoder:
         *,
         max_new_tokens: int,
         stop: Collection[int] = (),
-        choice: Choice = Choice(),
+        choice: Choice = GREEDY,
         on_tokens: Callable[[dict[int, int]], None] | None = None,
     ) -> list[list[int]]:
         """What follows each prompt, without the token that ended it.
@@ -202,9 +202,7 @@ class Decoder:
         width = max(64, _PREFILL_TOKENS // len(prompts))
         for start in range(shared, ids.shape[1], width):
             part = ids[:, start : start + width]
-            hidden = model(
-                input_ids=part, past_key_values=cache, use_cache=True
-            ).last_hidden_state
+            hidden = model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
             for row, length in enumerate(lengths):
                 if start < length <= start + part.shape[1]:
                     states[row] = hidden[row, length - 1 - start]

@@ -31,6 +31,9 @@ class Choice:
         return self.temperature == 0 and self.repetition_penalty == 1
 
 
+GREEDY = Choice()
+
+
 def choose(logits: Tensor, choice: Choice, *, seen: list[list[int]] | None = None) -> Tensor:
     """The next token of each row, int64 ``[B]``, drawn from torch's generator.
 

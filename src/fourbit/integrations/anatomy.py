@@ -154,7 +154,7 @@ class Heads:
 
 
 def _known_as(cls: type) -> str:
-    """``llama.LlamaDecoderLayer`` for transformers' class of that name; compared without imports."""
+    """``llama.LlamaDecoderLayer`` for the class of that name, which need not be imported."""
     prefix, _, module = cls.__module__.rpartition(".")
     family = prefix.removeprefix("transformers.models.")
     return f"{family}.{cls.__qualname__}" if module == f"modeling_{family}" else ""
