@@ -143,10 +143,10 @@ static inline void add_low(const Matrix& m, int64_t row, const T* low, Lanes* ac
 // One activation row with packed rows [begin, end).
 template <class T>
 static inline void packed_product(const Matrix& m, const T* x, const T* low, int64_t begin,
-                                  int64_t end, float* out) {
-  PackedRows packed(m);
+                                  int64_t end, float* out, void* scratch) {
+  PackedRows packed(m, static_cast<float*>(scratch));
   int64_t n = begin;
-  for (; packed.fits_four() && n + 4 <= end; n += 4) {
+  for (; n + 4 <= end; n += 4) {
     Lanes acc[4] = {lanes_all(0), lanes_all(0), lanes_all(0), lanes_all(0)};
     packed.dot<4>(n, x, acc);
     add_low<4>(m, n, low, acc);
@@ -215,14 +215,14 @@ static inline void product(const Matrix& m, const Input& in, int64_t low_at, int
   } else if (m.half) {
     const bf16* x = chunks ? in.split_half : in.half;
     if (kHasHalf && chunks && count == 1)
-      packed_product(m, x, low_half, begin, end, out);
+      packed_product(m, x, low_half, begin, end, out, scratch);
     else
       expanded_product<bf16>(m, {x, low_half, count, in.stride, in.low_stride}, begin, end, out,
                              out_stride, scratch);
   } else {
     const float* x = chunks ? in.split : in.plain;
     if (chunks && count == 1)
-      packed_product(m, x, low, begin, end, out);
+      packed_product(m, x, low, begin, end, out, scratch);
     else
       expanded_product<float>(m, {x, low, count, in.stride, in.low_stride}, begin, end, out,
                               out_stride, scratch);

@@ -159,68 +159,69 @@ static inline void expand_rows(const Matrix& m, int64_t first, int64_t count, T*
     std::memset(out + i * stride + m.columns, 0, (end - m.columns) * sizeof(T));
 }
 
-// Four accumulators of packed rows n, n + 1, ... with one activation row. A second-level scale
-// holds for 256 blocks; while it does, the scale of a block is a lookup by its code.
+// Dot products of neighbouring packed rows with one activation row. The scales of their chunks are
+// laid out first: a second-level scale holds for 256 blocks, so the scale of a block is a lookup
+// by its code in a table that is made once for these.
 class PackedRows {
  public:
-  explicit PackedRows(const Matrix& m)
-      : m_(m), chunks_(m.columns / 64), shift_(log2_of(m.blocksize / 64)) {}
+  // `scratch` takes a float for each chunk of four rows.
+  PackedRows(const Matrix& m, float* scratch)
+      : m_(m), chunks_(m.columns / 64), shift_(log2_of(m.blocksize / 64)), scratch_(scratch) {}
 
-  // Four rows of this length lie in groups of blocks whose tables all find a place.
-  bool fits_four() const { return chunks_ <= 512 || m_.nested == nullptr; }
-
+  // acc[r] += row + r
   template <int R, class X>
   void dot(int64_t row, const X* x, Lanes* acc) {
     const uint8_t* codes = static_cast<const uint8_t*>(m_.weight) + row * chunks_ * 32;
-    int64_t first = row * chunks_;
-    for (int64_t c = 0; c < chunks_;) {
-      int64_t end = chunks_;
-      if (m_.nested == nullptr) {
-        const float* scales = static_cast<const float*>(m_.absmax);
-        run<R>(codes, x, c, end, acc,
-               [&](int r, int64_t at) { return scales[(first + r * chunks_ + at) >> shift_]; });
-      } else {
-        const float* tables[R];
-        for (int r = 0; r < R; ++r) {
-          int64_t begin = first + r * chunks_, group = (begin + c) >> (shift_ + 8);
-          tables[r] = table(group);
-          end = std::min(end, ((group + 1) << (shift_ + 8)) - begin);
-        }
-        const uint8_t* scales = static_cast<const uint8_t*>(m_.absmax);
-        if (shift_ == 0)
-          run<R>(codes, x, c, end, acc, [&](int r, int64_t at) {
-            return tables[r][scales[first + r * chunks_ + at]];
-          });
-        else
-          run<R>(codes, x, c, end, acc, [&](int r, int64_t at) {
-            return tables[r][scales[(first + r * chunks_ + at) >> shift_]];
-          });
-      }
-      c = end;
-    }
+    run<R>(codes, x, scales(row * chunks_, R * chunks_), acc);
   }
 
  private:
-  const float* table(int64_t group) {
-    int slot = static_cast<int>(group & 7);
-    if (groups_[slot] != group) {
+  const float* scales(int64_t first, int64_t count) {
+    if (m_.nested == nullptr) {
+      const float* absmax = static_cast<const float*>(m_.absmax);
+      if (shift_ == 0) return absmax + first;
+      for (int64_t i = 0; i < count; ++i) scratch_[i] = absmax[(first + i) >> shift_];
+      return scratch_;
+    }
+    const uint8_t* codes = static_cast<const uint8_t*>(m_.absmax);
+    int64_t end = first + count;
+    float* out = scratch_;
+    for (int64_t at = first; at < end;) {
+      int64_t group = at >> (shift_ + 8), stop = std::min(end, (group + 1) << (shift_ + 8));
+      const float* table = table_of(group);
+      if (shift_ == 0) {
+        // eight codes a load; a gather instruction is slower than eight lookups
+        for (; at + 8 <= stop; at += 8, out += 8) {
+          uint64_t eight;
+          std::memcpy(&eight, codes + at, 8);
+          for (int i = 0; i < 8; ++i) out[i] = table[(eight >> (8 * i)) & 255];
+        }
+        for (; at < stop; ++at) *out++ = table[codes[at]];
+      } else {
+        for (; at < stop; ++at) *out++ = table[codes[at >> shift_]];
+      }
+    }
+    return scratch_;
+  }
+
+  const float* table_of(int64_t group) {
+    if (group_ != group) {
       float nested = m_.nested[group], offset = static_cast<float>(m_.offset);
 #pragma omp simd
-      for (int i = 0; i < 256; ++i) tables_[slot][i] = m_.code_map[i] * nested + offset;
-      groups_[slot] = group;
+      for (int i = 0; i < 256; ++i) table_[i] = m_.code_map[i] * nested + offset;
+      group_ = group;
     }
-    return tables_[slot];
+    return table_;
   }
 
 #if defined(__AVX512BF16__)
-  template <int R, class Scale>
-  void run(const uint8_t* codes, const bf16* x, int64_t begin, int64_t end, Lanes* acc,
-           const Scale& scale) const {
+  template <int R>
+  void run(const uint8_t* codes, const bf16* x, const float* scale, Lanes* acc) const {
     __m512i table = _mm512_broadcast_i64x4(
         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(m_.values))));
     __m512 sums[R];
     for (int r = 0; r < R; ++r) sums[r] = acc[r].v;
-    for (int64_t c = begin; c < end; ++c) {
+    for (int64_t c = 0; c < chunks_; ++c) {
       __m512bh even = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + c * 64));
       __m512bh odd = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + c * 64 + 32));
       for (int r = 0; r < R; ++r) {
@@ -234,23 +235,22 @@ class PackedRows {
             even);
         sum = _mm512_dpbf16_ps(
             sum, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(bytes, table)), odd);
-        sums[r] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale(r, c)), sums[r]);
+        sums[r] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale[r * chunks_ + c]), sums[r]);
       }
     }
     for (int r = 0; r < R; ++r) acc[r].v = sums[r];
   }
 #elif defined(__AVX2__)
-  template <int R, class Scale>
-  void run(const uint8_t*, const bf16*, int64_t, int64_t, Lanes*, const Scale&) const {}
+  template <int R>
+  void run(const uint8_t*, const bf16*, const float*, Lanes*) const {}
 #endif
 
 #if defined(__AVX512F__)
-  template <int R, class Scale>
-  void run(const uint8_t* codes, const float* x, int64_t begin, int64_t end, Lanes* acc,
-           const Scale& scale) const {
+  template <int R>
+  void run(const uint8_t* codes, const float* x, const float* scale, Lanes* acc) const {
     __m512 table = _mm512_loadu_ps(m_.values), sums[R];
     for (int r = 0; r < R; ++r) sums[r] = acc[r].v;
-    for (int64_t c = begin; c < end; ++c) {
+    for (int64_t c = 0; c < chunks_; ++c) {
       const float* at = x + c * 64;
       __m512 x0 = _mm512_loadu_ps(at), x1 = _mm512_loadu_ps(at + 16);
       __m512 x2 = _mm512_loadu_ps(at + 32), x3 = _mm512_loadu_ps(at + 48);
@@ -262,19 +262,18 @@ class PackedRows {
         sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table), x2, sum);
         more = _mm512_fmadd_ps(_mm512_permutexvar_ps(b, table), x3, more);
         sums[r] =
-            _mm512_fmadd_ps(_mm512_add_ps(sum, more), _mm512_set1_ps(scale(r, c)), sums[r]);
+            _mm512_fmadd_ps(_mm512_add_ps(sum, more), _mm512_set1_ps(scale[r * chunks_ + c]), sums[r]);
       }
     }
     for (int r = 0; r < R; ++r) acc[r].v = sums[r];
   }
 #elif defined(__AVX2__)
-  template <int R, class Scale>
-  void run(const uint8_t* codes, const float* x, int64_t begin, int64_t end, Lanes* acc,
-           const Scale& scale) const {
+  template <int R>
+  void run(const uint8_t* codes, const float* x, const float* scale, Lanes* acc) const {
     BytePlanes planes(m_.values);
     for (int r = 0; r < R; ++r) {
       __m256 total = acc[r].v;
-      for (int64_t c = begin; c < end; ++c) {
+      for (int64_t c = 0; c < chunks_; ++c) {
         const uint8_t* p = codes + (r * chunks_ + c) * 32;
         __m256 w[4], sum = _mm256_setzero_ps(), more = sum;
         for (int h = 0; h < 2; ++h) {
@@ -285,21 +284,23 @@ class PackedRows {
           sum = _mm256_fmadd_ps(w[2], _mm256_loadu_ps(at + 16), sum);
           more = _mm256_fmadd_ps(w[3], _mm256_loadu_ps(at + 24), more);
         }
-        total = _mm256_fmadd_ps(_mm256_add_ps(sum, more), _mm256_set1_ps(scale(r, c)), total);
+        __m256 own = _mm256_set1_ps(scale[r * chunks_ + c]);
+        total = _mm256_fmadd_ps(_mm256_add_ps(sum, more), own, total);
       }
       acc[r].v = total;
     }
   }
 #else
-  template <int R, class X, class Scale>
-  void run(const uint8_t*, const X*, int64_t, int64_t, Lanes*, const Scale&) const {}
+  template <int R, class X>
+  void run(const uint8_t*, const X*, const float*, Lanes*) const {}
 #endif
 
   const Matrix& m_;
   int64_t chunks_;
   int shift_;
-  int64_t groups_[8] = {-1, -1, -1, -1, -1, -1, -1, -1};
-  float tables_[8][256];
+  float* scratch_;
+  int64_t group_ = -1;
+  float table_[256];
 };
 
 }  // namespace FB_NAMESPACE

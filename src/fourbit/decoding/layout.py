@@ -193,7 +193,8 @@ class _Builder:
         assert names is not None
         self.pick(module)
         attention, mlp = module.get_submodule(names.attention), module.get_submodule(names.mlp)
-        self.pick(attention), self.pick(mlp)
+        self.pick(attention)
+        self.pick(mlp)
         heads = anatomy.heads_of(attention)
         activation = anatomy.activation_of(mlp.get_submodule(names.activation))
         if activation is None:
