@@ -2,7 +2,6 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <thread>
 #include <type_traits>
 
@@ -32,8 +31,8 @@ struct Gate {
 #if defined(__x86_64__) || defined(_M_X64)
       __builtin_ia32_pause();
 #endif
-      // someone else has the processor that the last thread needs: burning this one helps nobody
-      if (spins > 4000) std::this_thread::sleep_for(std::chrono::microseconds(50));
+      // more threads than processors: the last one may be waiting for this one's
+      if (spins > 200000) std::this_thread::yield();
     }
   }
 };
