@@ -187,6 +187,48 @@ def test_greedy_tokens_are_those_of_transformers(name):
     assert max(map(len, cut)) == 12
 
 
+@pytest.mark.parametrize("isa", native.supported())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sketch_of_the_head_finds_the_same_tokens(isa, dtype):
+    with native.using(isa):
+        model = make("qwen2", "plain", dtype=dtype, vocab_size=1003)
+        decoder = decoder_of(model)
+        decoder.prefill(prompts(5), room=64)
+        head = decoder._layout.head
+        assert head is not None
+        # rows so much alike that eight bits cannot tell them apart, and two that are equal
+        head[500:520] = head[499] * (1 + 0.002 * torch.randn(20, 1)).to(dtype)
+        head[7] = head[905]
+        decoder._make_sketch()
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for _ in range(60):
+                states = 3 * torch.randn(1, 48) + 2 * head[[499]].float()
+                row = torch.tensor([0])
+                scores, best = decoder._call(rows=row, states=states)
+                expected = int(best[0])
+                assert expected == int(scores[0].argmax())
+                decoder._call(rows=row, states=states, greedy=True)
+                assert int(decoder._best[0]) == expected
+
+
+def test_a_sketch_is_made_once_and_anew_when_the_head_changes():
+    model = make("qwen2", "plain")
+    first = decoder_of(model)
+    expected = transformers_greedy(model, prompts(6)[0], 20, [])
+    assert first.generate(prompts(6), max_new_tokens=20) == [expected]
+    again, _ = build_decoder(model, sketch=first.sketch)
+    assert again is not None
+    assert again.sketch is first.sketch is not None
+    with torch.no_grad():
+        model.get_output_embeddings().weight.neg_()
+    changed, _ = build_decoder(model, sketch=first.sketch)
+    assert changed is not None
+    assert changed.sketch is None
+    expected = transformers_greedy(model, prompts(6)[0], 20, [])
+    assert changed.generate(prompts(6), max_new_tokens=20) == [expected]
+
+
 def test_a_common_beginning_and_long_prompts_change_nothing(monkeypatch):
     model = make("mistral", lora=True)
     start = prompts(20)[0]
@@ -341,7 +383,7 @@ def test_adapters_that_start_from_the_weights_are_used():
 
 
 def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fourbit.generate.build_decoder", lambda _model: (None, "a test"))
+    monkeypatch.setattr("fourbit.generate.build_decoder", lambda _model, **_: (None, "a test"))
 
 
 def test_the_generator_answers_the_same_without_the_engine(monkeypatch):
@@ -377,7 +419,7 @@ def test_what_only_transformers_does_is_left_to_it(monkeypatch):
     model = make("llama")
     base_model(model).generation_config.no_repeat_ngram_size = 2
     monkeypatch.setattr(
-        "fourbit.generate.build_decoder", lambda _model: pytest.fail("the engine was asked")
+        "fourbit.generate.build_decoder", lambda _model, **_: pytest.fail("the engine was asked")
     )
     calls: list[int] = []
     real = type(model).generate

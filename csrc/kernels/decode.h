@@ -11,6 +11,7 @@
 #include "decode_weights.h"
 #include "decode_products.h"
 #include "decode_attention.h"
+#include "decode_sketch.h"
 
 namespace FB_NAMESPACE {
 
@@ -78,6 +79,7 @@ struct Desk {  // one thread's own
   float* y;
   Input in;
   void* strip;
+  int16_t* whole;
   float* scores;
   float* best_value;
   int64_t* best;
@@ -86,6 +88,7 @@ struct Desk {  // one thread's own
 struct Hall {  // shared by all threads
   Gate* gate;
   float *x, *qkv, *attention, *up, *added;
+  float *uppers, *floors;  // of tokens, of threads
   Input in;
 };
 
@@ -106,7 +109,8 @@ static inline Input carve_input(Carver& carver, const Sizes& s, int64_t rows) {
   return in;
 }
 
-static inline Hall carve_hall(Carver& carver, const Model& m, const Sizes& s, int64_t rows) {
+static inline Hall carve_hall(Carver& carver, const Model& m, const Sizes& s, int64_t rows,
+                              int threads) {
   Hall hall;
   hall.gate = carver.take<Gate>(1);
   hall.x = carver.take<float>(rows * m.width);
@@ -114,6 +118,8 @@ static inline Hall carve_hall(Carver& carver, const Model& m, const Sizes& s, in
   hall.attention = carver.take<float>(rows * s.stride);
   hall.up = carver.take<float>(rows * s.up);
   hall.added = carver.take<float>(rows * m.width);
+  hall.uppers = carver.take<float>(m.sketch == nullptr ? 0 : m.head.rows);
+  hall.floors = carver.take<float>(threads);
   hall.in = carve_input(carver, s, rows);
   return hall;
 }
@@ -125,6 +131,7 @@ static inline Desk carve_desk(Carver& carver, const Model& m, const Sizes& s, in
   desk.y = carver.take<float>(s.stride);
   desk.in = carve_input(carver, s, 1);
   desk.strip = carver.take<float>(s.stride * (s.stride <= 2048 ? 32 : 16));
+  desk.whole = carver.take<int16_t>(s.stride);
   desk.scores = carver.take<float>(3 * s.head_dim + longest + 16);
   desk.best_value = carver.take<float>(rows);
   desk.best = carver.take<int64_t>(rows);
@@ -137,7 +144,7 @@ static void decode_workspace(const void* model, int64_t rows, int64_t longest, i
   const Model& m = *static_cast<const Model*>(model);
   Sizes sizes(m);
   Carver carver{nullptr};
-  carve_hall(carver, m, sizes, rows);
+  carve_hall(carver, m, sizes, rows, threads);
   for (int t = 0; t < threads; ++t) carve_desk(carver, m, sizes, rows, longest);
   *bytes = carver.used + 64;
 }
@@ -171,7 +178,10 @@ class Worker {
                 last ? single_head() : layers[i + 1].qkv);
       }
     }
-    score();
+    if (step_.logits == nullptr)
+      search();
+    else
+      score();
   }
 
  private:
@@ -358,6 +368,38 @@ class Worker {
     }
   }
 
+  // The best token of one row by the sketch: first what each token can score at most, then the
+  // scores of those that can win.
+  void search() {
+    const Sketch& sketch = *static_cast<const Sketch*>(m_.sketch);
+    const Matrix& head = m_.head;
+    WholeState state = {desk_.whole, 0, 0, 0};
+    float* x = desk_.y;
+    for (int64_t j = 0; j < head.columns; ++j) x[j] = head.half ? to_float(in_.half[j]) : in_.plain[j];
+    to_whole(x, head.columns, state);
+    int64_t begin, end;
+    share(head.rows, &begin, &end);
+    float* uppers = hall_.uppers;
+    hall_.floors[thread_] = bound_scores(sketch, state, head.columns, begin, end, uppers);
+    wait();
+    float floor = *std::max_element(hall_.floors, hall_.floors + threads_);
+    desk_.best_value[0] = -INFINITY;
+    desk_.best[0] = begin;
+    for (int64_t n = begin; n < end; n += 4) {
+      int64_t count = std::min<int64_t>(4, end - n);
+      if (!(*std::max_element(uppers + n, uppers + n + count) >= floor)) continue;
+      // by fours, so that the sums are those of `score`
+      float exact[4];
+      product(head, in_, 0, 1, n, n + count, exact - n, 0, desk_.strip);
+      for (int64_t i = 0; i < count; ++i)
+        if (exact[i] > desk_.best_value[0]) {
+          desk_.best_value[0] = exact[i];
+          desk_.best[0] = n + i;
+        }
+    }
+    if (thread_ == 0) step_.best[0] = desk_.best[0];
+  }
+
   void find_best(const float* logits, int64_t begin, int64_t end, int64_t b) {
     float largest = -INFINITY;
 #pragma omp simd reduction(max : largest)
@@ -385,7 +427,7 @@ static void decode_step(const void* model, const void* step, int64_t longest, in
   uintptr_t start = reinterpret_cast<uintptr_t>(s.workspace);
   char* aligned = reinterpret_cast<char*>((start + 63) / 64 * 64);
   Carver carver{aligned};
-  Hall hall = carve_hall(carver, m, sizes, s.rows);
+  Hall hall = carve_hall(carver, m, sizes, s.rows, threads);
   hall.gate->waiting.store(0);
   hall.gate->round.store(0);
   int64_t shared = carver.used;

@@ -56,6 +56,7 @@ struct Model {
   const void* positions;  // learned, [positions, width], or null
   Norm last;
   Matrix head;
+  const void* sketch;     // a Sketch of the head, or null
   double embedding_scale, logit_scale, logit_softcap;
   int64_t layer_count, width, embedding_dtype, cache_dtype;
 };
@@ -67,7 +68,7 @@ struct Step {
   const int64_t* starts;      // where the sequence's cache begins, in positions
   const int64_t* capacities;  // its length
   const float* states;        // [rows, width] after the last norm: only the head is to be applied
-  float* logits;              // [rows, vocabulary] or null
+  float* logits;              // [rows, vocabulary]; null for one row with a sketch
   int64_t* best;              // the likeliest token of each row
   void* workspace;
   int64_t rows;

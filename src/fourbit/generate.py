@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fourbit import device as devices
 from fourbit.data import ChatTemplate, render, resolve_template
-from fourbit.decoding import Choice, Decoder, build_decoder
+from fourbit.decoding import Choice, Decoder, HeadSketch, build_decoder
 from fourbit.errors import InputError, ModelError
 from fourbit.integrations.peft import base_model
 from fourbit.integrations.prompts import generation_inputs, prompted, require_prompt_fits
@@ -119,6 +119,7 @@ class Generator:
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self._stop = self._stop_ids()
+        self._sketch: HeadSketch | None = None
 
     def _stop_ids(self) -> list[int]:
         """Every id that ends an answer: the model's, the tokenizer's, the template's."""
@@ -176,7 +177,7 @@ class Generator:
         choice = self._choice(sampling)
         decoder = None
         if choice is not None and next(self.model.parameters()).device.type == "cpu":
-            decoder, _reason = build_decoder(self.model)
+            decoder, _reason = build_decoder(self.model, sketch=self._sketch)
         with self._expanded() if decoder is None else nullcontext():
             for batch in _batches(order, prompts, sampling.max_new_tokens):
                 asked = [prompts[i] for i in batch]
@@ -221,13 +222,15 @@ class Generator:
         choice: Choice,
         said: _Saying | None,
     ) -> list[list[int]]:
-        return decoder.generate(
+        found = decoder.generate(
             prompts,
             max_new_tokens=sampling.max_new_tokens,
             stop=self._stop,
             choice=choice,
             on_tokens=None if said is None else said.tokens,
         )
+        self._sketch = decoder.sketch
+        return found
 
     @contextmanager
     def _expanded(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fourbit import native
-from fourbit.decoding.layout import Layout, Step, UnknownModel, check_sizes, lay_out
+from fourbit.decoding.layout import Layout, Sketch, Step, UnknownModel, check_sizes, lay_out
 from fourbit.decoding.sampling import GREEDY, Choice, choose
 from fourbit.integrations import anatomy
 from fourbit.integrations.peft import base_model
@@ -20,16 +20,61 @@ from fourbit.integrations.prompts import prompted
 
 _PREFILL_TOKENS = 4096
 """Tokens of one forward of the prompts: bounds its activations."""
+_SKETCHED_TOKENS = 16
+"""A sketch of the head pays for answers of this length on."""
 _SHARED_PREFIX = 8
 """From this length on a beginning that all prompts have in common is computed once."""
 
 
-def build_decoder(model: nn.Module) -> tuple[Decoder | None, str]:
+class HeadSketch:
+    """An output projection in eight bits, with how far each row is from it.
+
+    The engine reads it in place of the head to learn which few tokens can be the likeliest; these
+    it scores with the head, so that the result is the same.
+
+    Args:
+        weight: of the head, float32 or bfloat16 ``[V, D]``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        rows, columns = weight.shape
+        self.of = _identity(weight)
+        self.codes = torch.zeros(rows, -(-columns // 64) * 64, dtype=torch.int8)
+        self.scales, self.errors, self.sizes = (torch.empty(rows) for _ in range(3))
+        for start in range(0, rows, 4096):
+            part = slice(start, start + 4096)
+            exact = weight[part].float()
+            scales = exact.abs().amax(dim=1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+            codes = (exact / scales[:, None]).round_()
+            self.codes[part, :columns] = codes
+            rounded = codes.mul_(scales[:, None])
+            self.scales[part], self.sizes[part] = scales, rounded.norm(dim=1)
+            self.errors[part] = rounded.sub_(exact).norm(dim=1)
+        self.layout = Sketch(
+            codes=self.codes.data_ptr(),
+            scales=self.scales.data_ptr(),
+            errors=self.errors.data_ptr(),
+            sizes=self.sizes.data_ptr(),
+        )
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether it was made of this weight, as it is now."""
+        return self.of == _identity(weight)
+
+
+def _identity(weight: Tensor) -> tuple[object, ...]:
+    return weight.data_ptr(), weight._version, weight.shape, weight.dtype
+
+
+def build_decoder(
+    model: nn.Module, *, sketch: HeadSketch | None = None
+) -> tuple[Decoder | None, str]:
     """A decoder for a loaded model, or None and the reason why there is none.
 
     Args:
         model: a causal LM on the CPU, PEFT's wrapper included. Its weights are pointed to, its
             adapter and norms copied: after training them, build anew.
+        sketch: `Decoder.sketch` of an earlier decoder; used if the head is still the same.
     """
     if native.isa() is None:
         return None, "there is no native library"
@@ -39,7 +84,7 @@ def build_decoder(model: nn.Module) -> tuple[Decoder | None, str]:
         return None, "the model is in training mode"
     try:
         check_sizes()
-        return Decoder(lay_out(base_model(model))), ""
+        return Decoder(lay_out(base_model(model)), sketch), ""
     except UnknownModel as error:
         return None, str(error)
 
@@ -58,13 +103,20 @@ class _Batch:
 class Decoder:
     """Continues token sequences; see `build_decoder`."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, sketch: HeadSketch | None = None) -> None:
         self._layout = layout
+        fits = sketch is not None and layout.head is not None and sketch.fits(layout.head)
+        self._sketch = sketch if fits else None
         self._batch: _Batch | None = None
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._workspace_of = (0, 0, 0)
         self._step = native.kernel("decode_step", "ppli")
         self._measure = native.kernel("decode_workspace", "pllip")
+
+    @property
+    def sketch(self) -> HeadSketch | None:
+        """What was made of the head for greedy answers to a single prompt, if it was."""
+        return self._sketch
 
     @property
     def vocabulary(self) -> int:
@@ -102,6 +154,7 @@ class Decoder:
     def release(self) -> None:
         """Frees the cache."""
         self._batch = None
+        self._layout.model.sketch = None
         self._workspace, self._workspace_of = torch.empty(0, dtype=torch.uint8), (0, 0, 0)
 
     def generate(
@@ -126,6 +179,8 @@ class Decoder:
         seen = None if choice.repetition_penalty == 1 else [list(prompt) for prompt in prompts]
         stops = frozenset(stop)
         rows = torch.arange(len(prompts))
+        if choice.plain and len(prompts) == 1 and max_new_tokens >= _SKETCHED_TOKENS:
+            self._make_sketch()
         try:
             logits, best = self.prefill(prompts, room=max_new_tokens), self._best
             for count in range(max_new_tokens):
@@ -145,10 +200,21 @@ class Decoder:
                 if not fresh or count + 1 == max_new_tokens:
                     break
                 rows = torch.tensor(list(fresh))
-                logits, best = self._call(tokens=torch.tensor(list(fresh.values())), rows=rows)
+                logits, best = self._call(
+                    tokens=torch.tensor(list(fresh.values())),
+                    rows=rows,
+                    greedy=choice.plain,
+                )
         finally:
             self.release()
         return found
+
+    def _make_sketch(self) -> None:
+        if self._sketch is None and self._layout.head is not None:
+            self._sketch = HeadSketch(self._layout.head)
+        if self._sketch is not None:
+            self._layout.model.sketch = ctypes.addressof(self._sketch.layout)
+            self._workspace_of = (0, 0, 0)  # it takes more room
 
     def _begin(self, lengths: Tensor, capacities: Tensor) -> None:
         layout = self._layout
@@ -225,9 +291,17 @@ class Decoder:
             held.keys = held.values = None
 
     def _call(
-        self, *, rows: Tensor | None, tokens: Tensor | None = None, states: Tensor | None = None
+        self,
+        *,
+        rows: Tensor | None,
+        tokens: Tensor | None = None,
+        states: Tensor | None = None,
+        greedy: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Scores ``[A, V]`` and the likeliest token ``[A]`` after one token more, or of states."""
+        """Scores ``[A, V]`` and the likeliest token ``[A]`` after one token more, or of states.
+
+        Greedy, a single row with a sketch gets no scores.
+        """
         batch = self._batch
         assert batch is not None
         rows = torch.arange(len(batch.starts)) if rows is None else rows
@@ -239,13 +313,14 @@ class Decoder:
             batch.places[rows] += 1
         count, longest = len(rows), int(batch.capacities.max())
         self._make_room(count, longest)
+        sketched = greedy and count == 1 and bool(self._layout.model.sketch)
         step = Step(
             tokens=None if tokens is None else tokens.data_ptr(),
             places=places.data_ptr(),
             starts=starts.data_ptr(),
             capacities=capacities.data_ptr(),
             states=None if states is None else states.data_ptr(),
-            logits=self._logits.data_ptr(),
+            logits=None if sketched else self._logits.data_ptr(),
             best=self._best.data_ptr(),
             workspace=self._workspace.data_ptr(),
             rows=count,

@@ -62,10 +62,11 @@ Layer: Any = _structure(
 Model: Any = _structure(
     "Model",
     _fields(_POINTER, "layers embedding positions")
-    + [("last", Norm), ("head", Matrix)]
+    + [("last", Norm), ("head", Matrix), ("sketch", _POINTER)]
     + _fields(_REAL, "embedding_scale logit_scale logit_softcap")
     + _fields(_INT, "layer_count width embedding_dtype cache_dtype"),
 )
+Sketch: Any = _structure("Sketch", _fields(_POINTER, "codes scales errors sizes"))
 Step: Any = _structure(
     "Step",
     _fields(_POINTER, "tokens places starts capacities states logits best workspace")
@@ -83,6 +84,7 @@ class Layout:
         modules: the decoder layers, in order.
         source: the transformers model.
         cache_dtype: of keys and values.
+        head: weight of the output projection, where a sketch of it would find the best token.
         kept: everything that is pointed to.
     """
 
@@ -91,6 +93,7 @@ class Layout:
     modules: list[nn.Module]
     source: PreTrainedModel
     cache_dtype: torch.dtype
+    head: Tensor | None
     kept: list[Tensor] = field(default_factory=list)
 
 
@@ -142,7 +145,12 @@ class _Builder:
             embedding_dtype=native.DTYPES[self.table.weight.dtype],
             cache_dtype=native.DTYPES[cache],
         )
-        return Layout(model, layers, modules, self.source, cache, self.kept)
+        plain = model.head.format == _PLAIN and not model.head.rank and not model.head.bias
+        # a softcap makes large scores equal, so that the first of them would have to be found
+        rising = model.logit_scale > 0 and model.logit_softcap == 0
+        weight: Any = getattr(self.pick(head), "weight", None)
+        sketched = weight.detach() if plain and rising else None
+        return Layout(model, layers, modules, self.source, cache, sketched, self.kept)
 
     def keep(self, tensor: Tensor) -> int:
         if tensor.device.type != "cpu":
