@@ -30,6 +30,7 @@ static inline void by_type(int dtype, const Body& body) {
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
 #include "kernels/quantize.h"
+#include "kernels/decode.h"
 
 namespace FB_NAMESPACE {
 

@@ -9,6 +9,9 @@
   X(attention_scratch)    \
   X(count_nonfinite)      \
   X(cross_entropy_rows)   \
+  X(decode_layout)        \
+  X(decode_step)          \
+  X(decode_workspace)     \
   X(dequantize_4bit)      \
   X(dequantize_int8)      \
   X(dropout)              \

@@ -31,7 +31,7 @@ FLOORS = [
     {"integrations.peft", "integrations.prompts"},
     {"integrations.fused"},
     {"integrations.transformers", "integrations.gguf", "receipt"},
-    {"sources", "data", "integrations.trainer", "integrations.takeover"},
+    {"sources", "data", "decoding", "integrations.trainer", "integrations.takeover"},
     {"loading"},
     {"planner", "generate", "report"},
     {"evaluate", "training"},

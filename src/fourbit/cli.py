@@ -300,9 +300,13 @@ def chat(model: str, **options: Any) -> None:
         if not line.strip():
             break
         history.append({"role": "user", "content": line})
-        answer = generator.answers([generator.prompt_ids(history)], _sampling(options))[0]
+        answer = generator.answers(
+            [generator.prompt_ids(history)],
+            _sampling(options),
+            on_text=lambda _number, piece: click.echo(piece, nl=False),
+        )[0]
         history.append({"role": "assistant", "content": answer.text})
-        click.echo(answer.text)
+        click.echo()
 
 
 @cli.command(

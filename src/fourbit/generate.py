@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from fourbit import device as devices
 from fourbit.data import ChatTemplate, render, resolve_template
+from fourbit.decoding import Choice, Decoder, HeadSketch, build_decoder
 from fourbit.errors import InputError, ModelError
 from fourbit.integrations.peft import base_model
 from fourbit.integrations.prompts import generation_inputs, prompted, require_prompt_fits
@@ -38,6 +40,33 @@ _ADAPTER_FAULTS = (
 """What PEFT raises for an adapter's files."""
 _BATCH_TOKENS = 16384
 """Positions (prompt and new) of one batch: bounds the KV cache."""
+_PROCESSED = (
+    "min_length",
+    "min_new_tokens",
+    "num_beams",
+    "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "sequence_bias",
+    "typical_p",
+    "min_p",
+    "top_h",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "guidance_scale",
+    "watermarking_config",
+    "penalty_alpha",
+    "dola_layers",
+    "stop_strings",
+    "max_time",
+)
+"""What a model's generation_config may ask for and only transformers does."""
+_TOP_K = 50
+"""transformers' own when neither the model nor the caller names one."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +119,7 @@ class Generator:
     ) -> None:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self._stop = self._stop_ids()
+        self._sketch: HeadSketch | None = None
 
     def _stop_ids(self) -> list[int]:
         """Every id that ends an answer: the model's, the tokenizer's, the template's."""
@@ -128,6 +158,7 @@ class Generator:
         sampling: Sampling,
         *,
         progress: Callable[[int, str], None] | None = None,
+        on_text: Callable[[int, str], None] | None = None,
     ) -> list[Answer]:
         """One answer per prompt, in the order given.
 
@@ -135,25 +166,80 @@ class Generator:
             prompts: token ids.
             sampling: how tokens are chosen.
             progress: told how many prompts are done.
+            on_text: told the number of a prompt and the next piece of its answer, as it comes;
+                the pieces make up the answer's text.
         """
         was_training = self.model.training
         self.model.eval()
         results: dict[int, Answer] = {}
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         torch.manual_seed(sampling.seed)
-        with (
-            keep_dequantized(self.model, self._dtype(), budget=self._budget()),
-            _contiguous_head(self.model),
-        ):
+        choice = self._choice(sampling)
+        decoder = None
+        if choice is not None and next(self.model.parameters()).device.type == "cpu":
+            decoder, _reason = build_decoder(self.model, sketch=self._sketch)
+        with self._expanded() if decoder is None else nullcontext():
             for batch in _batches(order, prompts, sampling.max_new_tokens):
-                outputs = self._run([prompts[i] for i in batch], sampling)
+                asked = [prompts[i] for i in batch]
+                said = None if on_text is None else _Saying(self.tokenizer, batch, on_text)
+                if decoder is None or choice is None:
+                    outputs = self._run(asked, sampling, said)
+                else:
+                    outputs = self._decode(decoder, asked, sampling, choice, said)
                 for index, ids in zip(batch, outputs, strict=True):
                     text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
                     results[index] = Answer(text, len(ids))
+                    if said is not None:
+                        said.end(index, text)
                 if progress is not None:
                     progress(len(results), "")
         self.model.train(was_training)
         return [results[index] for index in range(len(prompts))]
+
+    def _choice(self, sampling: Sampling) -> Choice | None:
+        """How tokens are chosen, the model's own generation_config considered as transformers does.
+
+        None where it asks for something that is left to transformers.
+        """
+        configured = base_model(self.model).generation_config
+        usual = all(getattr(configured, name, None) in (None, False, 0, 1) for name in _PROCESSED)
+        forced = ("forced_bos_token_id", "forced_eos_token_id")
+        if not usual or any(getattr(configured, name, None) is not None for name in forced):
+            return None
+        top_k = configured.top_k
+        return Choice(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=_TOP_K if top_k is None else top_k,
+            repetition_penalty=configured.repetition_penalty or 1.0,
+        )
+
+    def _decode(
+        self,
+        decoder: Decoder,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        choice: Choice,
+        said: _Saying | None,
+    ) -> list[list[int]]:
+        found = decoder.generate(
+            prompts,
+            max_new_tokens=sampling.max_new_tokens,
+            stop=self._stop,
+            choice=choice,
+            on_tokens=None if said is None else said.tokens,
+        )
+        self._sketch = decoder.sketch
+        return found
+
+    @contextmanager
+    def _expanded(self) -> Iterator[None]:
+        """Inside, transformers generates from weights that are dequantized once."""
+        with (
+            keep_dequantized(self.model, self._dtype(), budget=self._budget()),
+            _contiguous_head(self.model),
+        ):
+            yield
 
     def _dtype(self) -> torch.dtype:
         floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
@@ -167,7 +253,9 @@ class Generator:
         return devices.host_memory()[1] // 2
 
     @torch.no_grad()
-    def _run(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    def _run(
+        self, prompts: list[list[int]], sampling: Sampling, said: _Saying | None = None
+    ) -> list[list[int]]:
         device = next(self.model.parameters()).device
         width = max(map(len, prompts))
         pad = pad_id(self.tokenizer)
@@ -191,7 +279,11 @@ class Generator:
         if wrapper is not None:
             # Given embeddings, transformers returns the new tokens alone.
             model, inputs, skipped = base_model(wrapper), generation_inputs(wrapper, ids, mask), 0
-        output = model.generate(**inputs, generation_config=settings)  # type: ignore[operator]
+        # transformers streams single rows only
+        streamer = _Streamer(said, set(self._stop)) if said and len(prompts) == 1 else None
+        output = model.generate(  # type: ignore[operator]
+            **inputs, generation_config=settings, streamer=streamer
+        )
         return [self._until_stop(row[skipped:].tolist()) for row in output]
 
     def _until_stop(self, ids: list[int]) -> list[int]:
@@ -199,6 +291,54 @@ class Generator:
             if token in self._stop:
                 return ids[:place]
         return ids
+
+
+class _Saying:
+    """Turns tokens into pieces of text, each as soon as no later token can change it."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        numbers: Sequence[int],
+        on_text: Callable[[int, str], None],
+    ) -> None:
+        self._tokenizer, self._numbers, self._on_text = tokenizer, numbers, on_text
+        self._ids: dict[int, list[int]] = {number: [] for number in numbers}
+        self._told = dict.fromkeys(numbers, "")
+
+    def tokens(self, fresh: dict[int, int]) -> None:
+        """Takes the next token of rows of the batch."""
+        for row, token in fresh.items():
+            number = self._numbers[row]
+            self._ids[number].append(token)
+            text = str(self._tokenizer.decode(self._ids[number], skip_special_tokens=True))
+            # an unfinished character decodes to the replacement character
+            if not text.endswith("\ufffd"):
+                self.end(number, text)
+
+    def end(self, number: int, text: str) -> None:
+        """Tells what is new in ``text``."""
+        if text.startswith(self._told[number]) and text != self._told[number]:
+            self._on_text(number, text[len(self._told[number]) :])
+            self._told[number] = text
+
+
+class _Streamer(BaseStreamer):
+    """What transformers tells while it generates one row."""
+
+    def __init__(self, said: _Saying, stop: Set[int]) -> None:
+        self._said, self._stop, self._begun = said, stop, False
+
+    def put(self, value: Tensor) -> None:
+        """The prompt first, then token after token."""
+        if self._begun:
+            for token in value.tolist():
+                if token not in self._stop:
+                    self._said.tokens({0: token})
+        self._begun = True
+
+    def end(self) -> None:
+        """Nothing more comes."""
 
 
 @contextmanager

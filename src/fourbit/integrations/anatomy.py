@@ -210,3 +210,70 @@ def rotary_tables(
     if kinds and kind is not None:
         return rotary(like, positions, kind)
     return rotary(like, positions)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a known model does before its first and after its last layer.
+
+    Attributes:
+        embedding: the token table.
+        embedding_scale: what embeddings are multiplied by.
+        positions: the table of learned positions, added to the embeddings; None for none.
+        last_norm: the norm before the head.
+        logit_scale: what logits are multiplied by.
+        logit_softcap: of the logits, after scaling; 0 for none.
+    """
+
+    embedding: nn.Module
+    embedding_scale: float
+    positions: nn.Module | None
+    last_norm: nn.Module
+    logit_scale: float
+    logit_softcap: float
+
+
+_MODELS = {
+    "llama.LlamaForCausalLM",
+    "mistral.MistralForCausalLM",
+    "qwen2.Qwen2ForCausalLM",
+    "qwen3.Qwen3ForCausalLM",
+    "gemma.GemmaForCausalLM",
+    "gemma2.Gemma2ForCausalLM",
+    "gemma3.Gemma3ForCausalLM",
+    "granite.GraniteForCausalLM",
+    "phi3.Phi3ForCausalLM",
+    "gpt2.GPT2LMHeadModel",
+}
+
+
+def ends_of(model: PreTrainedModel) -> Ends | None:
+    """The two ends of a causal LM of a known class; None for any other."""
+    if _known_as(type(model)) not in _MODELS:
+        return None
+    inner: Any = model.base_model
+    config: Any = model.config
+    embedding = model.get_input_embeddings()
+    scale = getattr(embedding, "embed_scale", None)
+    if isinstance(scale, Tensor):  # gemma's, rounded as its table is
+        weight: Any = getattr(embedding, "weight")  # noqa: B009
+        multiplier = float(scale.to(weight.dtype))
+    else:
+        multiplier = float(getattr(config, "embedding_multiplier", None) or 1.0)
+    gpt2 = hasattr(inner, "ln_f")
+    return Ends(
+        embedding=embedding,
+        embedding_scale=multiplier,
+        positions=inner.wpe if gpt2 else None,
+        last_norm=inner.ln_f if gpt2 else inner.norm,
+        logit_scale=1.0 / float(getattr(config, "logits_scaling", None) or 1.0),
+        logit_softcap=float(getattr(config, "final_logit_softcapping", None) or 0.0),
+    )
+
+
+def positions_fixed(model: PreTrainedModel) -> bool:
+    """Whether the rotation of a position is the same however long the sequence becomes."""
+    rotary: Any = getattr(model.base_model, "rotary_emb", None)
+    kinds = getattr(rotary, "rope_type", "default")
+    names = kinds.values() if isinstance(kinds, dict) else (kinds,)
+    return not any("dynamic" in name or name == "longrope" for name in names)

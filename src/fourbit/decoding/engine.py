@@ -1,0 +1,354 @@
+"""The decoder: prompts through the model's own forward, then one native call for each token."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from fourbit import native
+from fourbit.decoding.layout import Layout, Sketch, Step, UnknownModel, check_sizes, lay_out
+from fourbit.decoding.sampling import GREEDY, Choice, choose
+from fourbit.integrations import anatomy
+from fourbit.integrations.peft import base_model
+from fourbit.integrations.prompts import prompted
+
+_PREFILL_TOKENS = 4096
+"""Tokens of one forward of the prompts: bounds its activations."""
+_SKETCHED_TOKENS = 16
+"""A sketch of the head pays for answers of this length on."""
+_SHARED_PREFIX = 8
+"""From this length on a beginning that all prompts have in common is computed once."""
+
+
+class HeadSketch:
+    """An output projection in eight bits, with how far each row is from it.
+
+    The engine reads it in place of the head to learn which few tokens can be the likeliest; these
+    it scores with the head, so that the result is the same.
+
+    Args:
+        weight: of the head, float32 or bfloat16 ``[V, D]``.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        rows, columns = weight.shape
+        self.of = _identity(weight)
+        self.codes = torch.zeros(rows, -(-columns // 64) * 64, dtype=torch.int8)
+        self.scales, self.errors, self.sizes = (torch.empty(rows) for _ in range(3))
+        for start in range(0, rows, 4096):
+            part = slice(start, start + 4096)
+            exact = weight[part].float()
+            scales = exact.abs().amax(dim=1).div_(127).clamp_(min=torch.finfo(torch.float32).tiny)
+            codes = (exact / scales[:, None]).round_()
+            self.codes[part, :columns] = codes
+            rounded = codes.mul_(scales[:, None])
+            self.scales[part], self.sizes[part] = scales, rounded.norm(dim=1)
+            self.errors[part] = rounded.sub_(exact).norm(dim=1)
+        self.layout = Sketch(
+            codes=self.codes.data_ptr(),
+            scales=self.scales.data_ptr(),
+            errors=self.errors.data_ptr(),
+            sizes=self.sizes.data_ptr(),
+        )
+
+    def fits(self, weight: Tensor) -> bool:
+        """Whether it was made of this weight, as it is now."""
+        return self.of == _identity(weight)
+
+
+def _identity(weight: Tensor) -> tuple[object, ...]:
+    return weight.data_ptr(), weight._version, weight.shape, weight.dtype
+
+
+def build_decoder(
+    model: nn.Module, *, sketch: HeadSketch | None = None
+) -> tuple[Decoder | None, str]:
+    """A decoder for a loaded model, or None and the reason why there is none.
+
+    Args:
+        model: a causal LM on the CPU, PEFT's wrapper included. Its weights are pointed to, its
+            adapter and norms copied: after training them, build anew.
+        sketch: `Decoder.sketch` of an earlier decoder; used if the head is still the same.
+    """
+    if native.isa() is None:
+        return None, "there is no native library"
+    if prompted(model) is not None:
+        return None, "a learned prompt stands before the text"
+    if model.training:
+        return None, "the model is in training mode"
+    try:
+        check_sizes()
+        return Decoder(lay_out(base_model(model)), sketch), ""
+    except UnknownModel as error:
+        return None, str(error)
+
+
+@dataclass
+class _Batch:
+    """The sequences at work; positions of all of them lie one after the other in the cache."""
+
+    starts: Tensor
+    capacities: Tensor
+    places: Tensor  # of the next token
+    cache: list[tuple[Tensor, Tensor]]
+    tables: list[Tensor]
+
+
+class Decoder:
+    """Continues token sequences; see `build_decoder`."""
+
+    def __init__(self, layout: Layout, sketch: HeadSketch | None = None) -> None:
+        self._layout = layout
+        fits = sketch is not None and layout.head is not None and sketch.fits(layout.head)
+        self._sketch = sketch if fits else None
+        self._batch: _Batch | None = None
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace_of = (0, 0, 0)
+        self._step = native.kernel("decode_step", "ppli")
+        self._measure = native.kernel("decode_workspace", "pllip")
+
+    @property
+    def sketch(self) -> HeadSketch | None:
+        """What was made of the head for greedy answers to a single prompt, if it was."""
+        return self._sketch
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the head scores."""
+        return int(self._layout.model.head.rows)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[Sequence[int]], *, room: int) -> Tensor:
+        """Begins a batch, replacing the one before.
+
+        Args:
+            prompts: token ids, at least one each.
+            room: how many tokens each row may grow by.
+
+        Returns:
+            Scores of each prompt's next token, float32 ``[B, V]``.
+        """
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        self._begin(lengths, lengths + room)
+        states = self._read(prompts)
+        return self._call(states=states, rows=torch.arange(len(prompts)))[0]
+
+    def step(self, tokens: Tensor, *, rows: Tensor | None = None) -> Tensor:
+        """Appends a token to rows of the batch.
+
+        Args:
+            tokens: int64 ``[A]``.
+            rows: which of the batch's rows, int64 ``[A]``; None for all of them.
+
+        Returns:
+            Scores of the next token, float32 ``[A, V]``, good until the next call.
+        """
+        return self._call(tokens=tokens, rows=rows)[0]
+
+    def release(self) -> None:
+        """Frees the cache."""
+        self._batch = None
+        self._layout.model.sketch = None
+        self._workspace, self._workspace_of = torch.empty(0, dtype=torch.uint8), (0, 0, 0)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop: Collection[int] = (),
+        choice: Choice = GREEDY,
+        on_tokens: Callable[[dict[int, int]], None] | None = None,
+    ) -> list[list[int]]:
+        """What follows each prompt, without the token that ended it.
+
+        Args:
+            prompts: token ids, at least one each.
+            max_new_tokens: upper bound.
+            stop: ids that end a row; its place in the batch then costs nothing any more.
+            choice: how tokens are chosen; sampling draws from torch's generator.
+            on_tokens: told the new token of each row that goes on.
+        """
+        found: list[list[int]] = [[] for _ in prompts]
+        seen = None if choice.repetition_penalty == 1 else [list(prompt) for prompt in prompts]
+        stops = frozenset(stop)
+        rows = torch.arange(len(prompts))
+        if choice.plain and len(prompts) == 1 and max_new_tokens >= _SKETCHED_TOKENS:
+            self._make_sketch()
+        try:
+            logits, best = self.prefill(prompts, room=max_new_tokens), self._best
+            for count in range(max_new_tokens):
+                if choice.plain:
+                    tokens = best[: len(rows)].clone()
+                else:
+                    said = None if seen is None else [seen[row] for row in rows.tolist()]
+                    tokens = choose(logits, choice, seen=said)
+                fresh = dict(zip(rows.tolist(), tokens.tolist(), strict=True))
+                fresh = {row: token for row, token in fresh.items() if token not in stops}
+                for row, token in fresh.items():
+                    found[row].append(token)
+                    if seen is not None:
+                        seen[row].append(token)
+                if on_tokens is not None and fresh:
+                    on_tokens(fresh)
+                if not fresh or count + 1 == max_new_tokens:
+                    break
+                rows = torch.tensor(list(fresh))
+                logits, best = self._call(
+                    tokens=torch.tensor(list(fresh.values())),
+                    rows=rows,
+                    greedy=choice.plain,
+                )
+        finally:
+            self.release()
+        return found
+
+    def _make_sketch(self) -> None:
+        if self._sketch is None and self._layout.head is not None:
+            self._sketch = HeadSketch(self._layout.head)
+        if self._sketch is not None:
+            self._layout.model.sketch = ctypes.addressof(self._sketch.layout)
+            self._workspace_of = (0, 0, 0)  # it takes more room
+
+    def _begin(self, lengths: Tensor, capacities: Tensor) -> None:
+        layout = self._layout
+        total, longest = int(capacities.sum()), int(capacities.max())
+        batch = _Batch(
+            starts=capacities.cumsum(0) - capacities,
+            capacities=capacities,
+            places=torch.zeros_like(lengths),
+            cache=[],
+            tables=[],
+        )
+        tables: dict[object, tuple[Tensor, Tensor]] = {}
+        for layer, module in zip(layout.layers, layout.modules, strict=True):
+            width = total * layer.kv_heads * layer.head_dim
+            keys = torch.empty(width, dtype=layout.cache_dtype)
+            values = torch.empty_like(keys)
+            batch.cache.append((keys, values))
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+            names = anatomy.layer_names(module)
+            if names is None or not names.rotary:
+                continue
+            kind = getattr(module.get_submodule(names.attention), "layer_type", None)
+            if kind not in tables:
+                positions = torch.arange(longest)[None]
+                cos, sin = anatomy.rotary_tables(
+                    layout.source, module, positions, dtype=torch.float32
+                )
+                tables[kind] = (cos[0].contiguous(), sin[0].contiguous())
+            cos, sin = tables[kind]
+            layer.cos, layer.sin, layer.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
+        batch.tables = [table for pair in tables.values() for table in pair]
+        self._batch = batch
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Runs the prompts and fills the cache; returns the last state of each, ``[B, D]``."""
+        batch = self._batch
+        assert batch is not None
+        model: Any = self._layout.source.base_model
+        # Padding goes to the right, where no token of a prompt looks, so no mask is needed.
+        lengths = [len(prompt) for prompt in prompts]
+        cache, shared = DynamicCache(), _shared_prefix(prompts)
+        for start in range(0, shared, _PREFILL_TOKENS):
+            part = list(prompts[0][start : min(start + _PREFILL_TOKENS, shared)])
+            model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True)
+        if shared and len(prompts) > 1:
+            cache.batch_repeat_interleave(len(prompts))
+        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+        states = torch.empty(len(prompts), int(self._layout.model.width))
+        width = max(64, _PREFILL_TOKENS // len(prompts))
+        for start in range(shared, ids.shape[1], width):
+            part = ids[:, start : start + width]
+            hidden = model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+            for row, length in enumerate(lengths):
+                if start < length <= start + part.shape[1]:
+                    states[row] = hidden[row, length - 1 - start]
+        self._keep(cache, lengths)
+        batch.places += torch.tensor(lengths)
+        return states
+
+    def _keep(self, cache: DynamicCache, lengths: list[int]) -> None:
+        batch = self._batch
+        assert batch is not None
+        for index, layer in enumerate(self._layout.layers):
+            held: Any = cache.layers[index]
+            for target, source in zip(batch.cache[index], (held.keys, held.values), strict=True):
+                for row, length in enumerate(lengths):
+                    size = layer.kv_heads * layer.head_dim
+                    start, room = int(batch.starts[row]), int(batch.capacities[row])
+                    part = target[start * size : (start + room) * size]
+                    part = part.view(layer.kv_heads, room, layer.head_dim)
+                    part[:, :length].copy_(source[row, :, :length])
+            held.keys = held.values = None
+
+    def _call(
+        self,
+        *,
+        rows: Tensor | None,
+        tokens: Tensor | None = None,
+        states: Tensor | None = None,
+        greedy: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Scores ``[A, V]`` and the likeliest token ``[A]`` after one token more, or of states.
+
+        Greedy, a single row with a sketch gets no scores.
+        """
+        batch = self._batch
+        assert batch is not None
+        rows = torch.arange(len(batch.starts)) if rows is None else rows
+        places = batch.places[rows]
+        starts, capacities = batch.starts[rows], batch.capacities[rows]
+        if tokens is not None:
+            assert bool((places < capacities).all())
+            tokens = tokens.contiguous()
+            batch.places[rows] += 1
+        count, longest = len(rows), int(batch.capacities.max())
+        self._make_room(count, longest)
+        sketched = greedy and count == 1 and bool(self._layout.model.sketch)
+        step = Step(
+            tokens=None if tokens is None else tokens.data_ptr(),
+            places=places.data_ptr(),
+            starts=starts.data_ptr(),
+            capacities=capacities.data_ptr(),
+            states=None if states is None else states.data_ptr(),
+            logits=None if sketched else self._logits.data_ptr(),
+            best=self._best.data_ptr(),
+            workspace=self._workspace.data_ptr(),
+            rows=count,
+        )
+        model, threads = ctypes.addressof(self._layout.model), self._workspace_of[2]
+        self._step(model, ctypes.addressof(step), longest, threads)
+        return self._logits[:count], self._best[:count]
+
+    def _make_room(self, rows: int, longest: int) -> None:
+        have, room, threads = self._workspace_of
+        if rows <= have and longest <= room and threads == torch.get_num_threads():
+            return
+        threads = torch.get_num_threads()
+        bytes_ = ctypes.c_int64()
+        model = ctypes.addressof(self._layout.model)
+        self._measure(model, rows, longest, threads, ctypes.addressof(bytes_))
+        self._workspace = torch.empty(bytes_.value, dtype=torch.uint8)
+        self._workspace_of = (rows, longest, threads)
+        self._logits = torch.empty(rows, self.vocabulary)
+        self._best = torch.empty(rows, dtype=torch.long)
+
+
+def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many first tokens are the same in all prompts, if it is worth a forward of their own."""
+    if len(prompts) == 1:
+        return 0
+    shortest = min(map(len, prompts))
+    count = 0
+    while count < shortest - 1 and len({prompt[count] for prompt in prompts}) == 1:
+        count += 1
+    return count if count >= _SHARED_PREFIX else 0
