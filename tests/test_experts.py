@@ -58,14 +58,14 @@ def test_the_experts_are_packed_and_compute_what_their_weights_say(name, model_f
     model = load(folder)
     plain = twin(model, folder)
     ids = torch.randint(0, 256, (2, 13), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(ids).logits, plain(ids).logits, rtol=0, atol=1e-4)
     x, y = (
         torch.randn(2, 13, 48, generator=torch.Generator().manual_seed(1)).requires_grad_()
         for _ in range(2)
     )
     model(inputs_embeds=x).logits.square().sum().backward()
     plain(inputs_embeds=y).logits.square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=5e-4)
 
 
 @pytest.mark.parametrize("name", MIXTURES)

@@ -35,6 +35,8 @@ _OPS = (
     "linear_int8",
     "dropout_mask",
     "cross_entropy_rows_",
+    "attention",
+    "attention_backward",
 )
 _LITTLE_MEMORY = 2_000_000_000
 _LITTLE_DISK = 2_000_000_000

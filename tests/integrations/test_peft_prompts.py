@@ -47,6 +47,11 @@ def make(name, kind="prompt_tuning", *, tokens=5, **changes):
     return add_prompt(model, settings, method=method), settings, method
 
 
+def close(got, wanted):
+    """The same but for the order of float32 sums: PEFT's prompt takes another attention mask."""
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def pefts_loss(model, batch):
     """The mean loss as PEFT and transformers compute it, padding masked."""
     positions = batch.position_ids
@@ -91,7 +96,7 @@ def test_the_first_answer_token_is_predicted_from_the_text_before_it():
     batch, objective = make_batch([[documents(1)[0]]]), Objective(model.eval())
     with torch.no_grad():
         everything = model(input_ids=batch.input_ids).logits
-        assert torch.equal(objective.logits(batch), everything[:, 5:])
+        close(objective.logits(batch), everything[:, 5:])
         assert objective.hidden(batch).shape[:2] == batch.input_ids.shape
 
 
@@ -153,8 +158,8 @@ def test_pefts_own_loader_gives_the_same_logits(kind, tmp_path):
     batch = make_batch([documents(1)])
     with torch.no_grad():
         theirs = loaded(input_ids=batch.input_ids).logits[:, settings.num_virtual_tokens :]
-        assert torch.equal(theirs, Objective(model.eval()).logits(batch))
-        assert torch.equal(theirs, Objective(loaded).logits(batch))
+        close(theirs, Objective(model.eval()).logits(batch))
+        close(theirs, Objective(loaded).logits(batch))
 
 
 def answers(model, prompts, count=6):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class AttentionBlock:
         batch: B.
         out: back to the model's width.
         residual: how the result is added to the input.
+        keep: is shown key and value, ``[B, T, heads, head_dim]``, which it must copy: a cache.
     """
 
     norm: Norm
@@ -42,6 +43,7 @@ class AttentionBlock:
     batch: int
     out: Group
     residual: Residual
+    keep: Callable[[Tensor, Tensor], object] | None = None
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as ``[B, T, heads, head_dim]`` views of their joint buffer."""
@@ -109,6 +111,8 @@ class _Attention(torch.autograd.Function):
         qkv_kept = block.qkv.forward(h, qkv_adapters, raw)
         turned, head_statistics = block.positioned(raw)
         q, k, v = block.split(turned)
+        if block.keep is not None:
+            block.keep(k, v)
         o = x.new_empty(x.shape[0], block.heads.widths[0])
         lse = attention_forward(
             q,

@@ -9,14 +9,14 @@ architecture, several adapters, hooks inside) takes transformers' own forward.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from fourbit import native
 from fourbit.fused import (
@@ -168,6 +168,7 @@ def _blocks(
             batch=batch,
             out=groups[1],
             residual=Residual(_after(layer, names.norm_after_attention, x), scale),
+            keep=_cache(arguments.get("past_key_values"), attention),
         ),
         MlpBlock(
             norm=_norm(layer, names.norm_mlp, x),
@@ -187,8 +188,6 @@ def _require_plain_call(
         raise _Generic("device or dtype")
     if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         raise _Generic("autocast or compilation")
-    if arguments.get("past_key_values") is not None:
-        raise _Generic("cache")
     if arguments.get("output_attentions") or arguments.get("encoder_hidden_states") is not None:
         raise _Generic("unusual arguments")
     if not dropout_free(layer, names):
@@ -249,6 +248,20 @@ def _rotary(
         raise _Generic("no rotary tables")
     cos, sin = (table.to(x.dtype).reshape(-1, table.shape[-1]).contiguous() for table in tables)
     return cos, sin
+
+
+def _cache(cache: Any, attention: nn.Module) -> Callable[[Tensor, Tensor], object] | None:
+    """What puts keys and values into a cache that has none of this layer yet."""
+    if cache is None:
+        return None
+    index: Any = attention.layer_idx
+    if type(cache) is not DynamicCache or cache.get_seq_length(index) > 0:
+        raise _Generic("a cache in use")
+
+    def keep(key: Tensor, value: Tensor) -> None:
+        cache.update(key.transpose(1, 2), value.transpose(1, 2), index)  # which copies
+
+    return keep
 
 
 def _first(mask: Any, x: Tensor) -> Tensor | None:
