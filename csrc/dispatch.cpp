@@ -1,6 +1,7 @@
 // The library's whole C ABI: which instruction sets it can serve here, and its kernels by name.
 #include <cstring>
 
+#include "source_hash.h"  // made by the build
 #include "table.h"
 
 namespace fb_scalar {
@@ -31,10 +32,12 @@ namespace {
 
 struct Choice {
   const fb::Table* table;
-  bool supported;
+  bool (*supported)();
 };
 
-bool has_avx2() {
+bool always() { return true; }
+
+[[maybe_unused]] bool has_avx2() {
 #ifdef FB_WITH_AVX2
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #else
@@ -42,7 +45,7 @@ bool has_avx2() {
 #endif
 }
 
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
 #ifdef FB_WITH_AVX512
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -51,7 +54,7 @@ bool has_avx512() {
 #endif
 }
 
-bool has_avx512_bf16() {
+[[maybe_unused]] bool has_avx512_bf16() {
 #ifdef FB_WITH_AVX512_BF16
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vnni");
@@ -63,18 +66,18 @@ bool has_avx512_bf16() {
 // Weakest first.
 const Choice* choices(int* count) {
   static const Choice all[] = {
-      {&fb_scalar::kTable, true},
+      {&fb_scalar::kTable, always},
 #ifdef FB_WITH_NEON
-      {&fb_neon::kTable, true},
+      {&fb_neon::kTable, always},
 #endif
 #ifdef FB_WITH_AVX2
-      {&fb_avx2::kTable, has_avx2()},
+      {&fb_avx2::kTable, has_avx2},
 #endif
 #ifdef FB_WITH_AVX512
-      {&fb_avx512::kTable, has_avx512()},
+      {&fb_avx512::kTable, has_avx512},
 #endif
 #ifdef FB_WITH_AVX512_BF16
-      {&fb_avx512_bf16::kTable, has_avx512_bf16()},
+      {&fb_avx512_bf16::kTable, has_avx512_bf16},
 #endif
   };
   *count = sizeof(all) / sizeof(all[0]);
@@ -92,7 +95,7 @@ FB_EXPORT const char* fb_isa(int index) {
   int count;
   const Choice* all = choices(&count);
   for (int i = 0; i < count; ++i)
-    if (all[i].supported && index-- == 0) return all[i].table->isa;
+    if (all[i].supported() && index-- == 0) return all[i].table->isa;
   return nullptr;
 }
 
@@ -101,7 +104,7 @@ FB_EXPORT void* fb_kernel(const char* isa, const char* name) {
   int count;
   const Choice* all = choices(&count);
   for (int i = 0; i < count; ++i) {
-    if (!all[i].supported || std::strcmp(all[i].table->isa, isa) != 0) continue;
+    if (!all[i].supported() || std::strcmp(all[i].table->isa, isa) != 0) continue;
     for (int k = 0; k < all[i].table->count; ++k)
       if (std::strcmp(all[i].table->entries[k].name, name) == 0)
         return all[i].table->entries[k].function;
@@ -111,5 +114,8 @@ FB_EXPORT void* fb_kernel(const char* isa, const char* name) {
 
 // Counts up whenever a kernel's arguments change: a library of another build is not used.
 FB_EXPORT int fb_abi() { return 1; }
+
+// Which sources it was made of, as source_hash.cmake counts them.
+FB_EXPORT const char* fb_source() { return FB_SOURCE_HASH; }
 
 }  // extern "C"

@@ -1,6 +1,8 @@
 // All kernels, compiled once for each instruction set: `isa/*.cpp` set FB_NAMESPACE and include this.
 #pragma once
 
+#include <type_traits>
+
 #include "numbers.h"
 #include "parallel.h"
 #include "table.h"
@@ -8,7 +10,7 @@
 namespace FB_NAMESPACE {
 
 // How activations arrive: the codes that `fourbit.native` passes.
-enum DType : int { kFloat32 = 0, kBfloat16 = 1 };
+enum DType : int { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
 template <class Body>
 static inline void by_type(int dtype, const Body& body) {
@@ -20,7 +22,14 @@ static inline void by_type(int dtype, const Body& body) {
 
 }  // namespace FB_NAMESPACE
 
+#include "half.h"
+#include "kernels/activation.h"
+#include "kernels/dropout.h"
+#include "kernels/attention_backward.h"
+#include "kernels/loss.h"
 #include "kernels/norm.h"
+#include "kernels/rotary.h"
+#include "kernels/quantize.h"
 #include "kernels/decode.h"
 
 namespace FB_NAMESPACE {

@@ -10,6 +10,16 @@
 
 namespace FB_NAMESPACE {
 
+// One compiled copy of each body, wherever it is called from: inlined twice it may be vectorized in
+// two ways, and the number of threads would decide the last bit.
+template <class Body>
+#if defined(__GNUC__)
+__attribute__((noinline))
+#endif
+static void run_part(const Body& body, int64_t begin, int64_t end, int thread) {
+  body(begin, end, thread);
+}
+
 // Calls body(begin, end, thread) on equal parts of [0, count), none smaller than `grain`.
 template <class Body>
 static inline void parallel(int64_t count, int64_t grain, int threads, const Body& body) {
@@ -22,12 +32,12 @@ static inline void parallel(int64_t count, int64_t grain, int threads, const Bod
       // fewer threads may have been granted than asked for
       int64_t given = omp_get_num_threads(), mine = omp_get_thread_num();
       int64_t begin = count * mine / given, end = count * (mine + 1) / given;
-      if (begin < end) body(begin, end, static_cast<int>(mine));
+      if (begin < end) run_part(body, begin, end, static_cast<int>(mine));
     }
     return;
   }
 #endif
-  body(0, count, 0);
+  run_part(body, 0, count, 0);
 }
 
 }  // namespace FB_NAMESPACE

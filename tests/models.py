@@ -40,6 +40,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": {**_SHAPE, "tie_word_embeddings": False},
     "qwen3": {**_SHAPE, "head_dim": 16, "intermediate_size": 75},
     "mistral": {**_SHAPE, "sliding_window": 6},
+    "gemma": {**_SHAPE, "head_dim": 20},
     "gemma2": {
         **_SHAPE,
         "head_dim": 20,
@@ -88,7 +89,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "mamba": {"hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }
 
-TIED = {"llama", "gemma2", "gemma3_text", "gpt2", "opt", "cohere", "falcon", "bloom"}
+TIED = {"llama", "gemma", "gemma2", "gemma3_text", "gpt2", "opt", "cohere", "falcon", "bloom"}
 """Whose head is the embedding."""
 
 PACKABLE = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourbit import doctor
+from fourbit import doctor, native
 from fourbit.device import machine
 from fourbit.doctor import (
     Diagnosis,
@@ -16,6 +16,7 @@ from fourbit.doctor import (
     disk_finding,
     graphics_cards,
     hub_finding,
+    kernels_missing,
     memory_finding,
     torch_finding,
 )
@@ -46,7 +47,7 @@ def test_the_backend_is_named_with_its_dtype(found):
         dtype = "bf16" if found.machine.bf16 else "fp32"
         assert f"ok: no accelerator: training runs on the CPU in {dtype} (" in text
     assert "demo model 'smollm2' is" in text
-    assert "quantized operation" in text or "kernels made for" in text
+    assert "kernels: " in text
 
 
 def test_the_most_serious_finding_comes_first():
@@ -111,6 +112,22 @@ def test_the_hub_cache(tmp_path):
 
 def test_the_folder_that_is_asked_about_is_the_one_named(tmp_path):
     assert any(str(tmp_path.resolve()) in f.what for f in diagnose(tmp_path).findings)
+
+
+@pytest.mark.skipif(not native.supported(), reason="no compiled kernels here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of CUDA")
+def test_the_kernels_are_named_with_their_instruction_set(found):
+    line = next(line for line in found.lines() if "kernels: " in line)
+    assert line.startswith(f"ok: kernels: {native.isa()} (csrc)")
+    assert "cross_entropy_rows_" in line
+
+
+def test_missing_kernels_are_one_line_with_the_fix():
+    absent = kernels_missing(native.Trouble("none were built", "install g++", expected=True))
+    assert absent.level == "note"
+    assert absent.what == "kernels: none, plain PyTorch serves, slower: none were built"
+    assert absent.fix == "install g++"
+    assert kernels_missing(native.Trouble("it is older", "make native")).level == "warning"
 
 
 def test_every_op_that_exists_is_looked_at():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -198,6 +202,97 @@ def test_logits_of_all_tokens_never_exist(
     with _LargestOf() as largest:
         reference(hidden, weight, None, labels, LogitTransform())
     assert largest.numel == tokens * VOCAB
+
+
+def test_chunks_are_of_equal_size_and_share_their_memory(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    hidden, weight, _, labels = case(device, 0.0)
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 14 * 4 * VOCAB)
+    seen: list[tuple[int, int]] = []
+    original = loss.cross_entropy_rows_
+
+    def watched(logits: Tensor, *args: Tensor, **kwargs: bool) -> Tensor:
+        seen.append((logits.shape[0], logits.data_ptr()))
+        return original(logits, *args, **kwargs)
+
+    monkeypatch.setattr(loss, "cross_entropy_rows_", watched)
+    linear_cross_entropy(hidden, weight, labels)
+    assert [rows for rows, _ in seen] == [10, 10, 9]
+    assert len({address for _, address in seen}) == 1
+
+
+def test_evaluation_makes_no_gradient(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    hidden, weight, bias, labels = case(device)
+    for tensor in (hidden, weight, bias):
+        tensor.requires_grad_()
+    expected = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    wanted: list[bool] = []
+    original = loss.cross_entropy_rows_
+
+    def watched(*args: Tensor, gradient: bool, **how: float) -> Tensor:
+        wanted.append(gradient)
+        return original(*args, gradient=gradient, **how)
+
+    monkeypatch.setattr(loss, "cross_entropy_rows_", watched)
+    with torch.no_grad():
+        plain = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    assert wanted == [False]
+    assert torch.equal(plain, expected)
+    assert not plain.requires_grad
+
+
+def test_bf16_errs_no_more_than_full_bf16_logits(device: torch.device) -> None:
+    """What transformers does: bf16 logits, float32 cross-entropy, bf16 gradient."""
+    hidden = torch.randn(60, 64, device=device).bfloat16()
+    weight = (torch.randn(2000, 64, device=device) * 0.4).bfloat16()
+    labels = torch.randint(2000, (60,), device=device)
+    wide = hidden.double().requires_grad_()
+    truth = reference(wide, weight.double(), None, labels, LogitTransform())
+    (expected,) = torch.autograd.grad(truth, wide)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    value = linear_cross_entropy(ours, weight, labels)
+    usual = reference(theirs, weight, None, labels, LogitTransform())
+    full = torch.nn.functional.cross_entropy((theirs @ weight.t()).float(), labels, reduction="sum")
+    assert abs(value - truth) <= abs(full - truth) + 1e-6 * truth
+    assert abs(value - truth) <= abs(usual - truth)
+    errors = [
+        relative_rms(torch.autograd.grad(made, at)[0], expected)
+        for made, at in ((value, ours), (full, theirs))
+    ]
+    assert errors[0] <= 1.02 * errors[1]
+
+
+MEMORY = """
+import torch
+from fourbit.device import peak_memory, reset_peak_memory, resident_memory, resolve_precision
+from fourbit.loss import linear_cross_entropy
+cpu = torch.device("cpu")
+dtype = resolve_precision("auto", cpu)
+def step(tokens, vocab):
+    hidden = torch.randn(tokens, 576).to(dtype).requires_grad_()
+    weight, labels = torch.randn(vocab, 576).to(dtype), torch.randint(vocab, (tokens,))
+    before = resident_memory()
+    reset_peak_memory(cpu)
+    (linear_cross_entropy(hidden, weight, labels) / tokens).backward()
+    return peak_memory(cpu) - before
+step(64, 512)  # what the libraries allocate once
+print(step(8192, 49152))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
+def test_8192_tokens_add_little_memory() -> None:
+    """Logits of all of them in bf16 are 805 MB, and transformers makes three float32 ones."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=300, check=True
+    )
+    added = int(done.stdout)
+    gradient = 8192 * 576 * 2
+    assert gradient < added < 150_000_000
 
 
 def test_kept_for_backward_is_the_gradient_alone(device: torch.device) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import oracles
-from fourbit import codebook, ops
+from fourbit import codebook, native, ops
 from fourbit.linear import Linear8bit, QuantizedLinear
 from fourbit.ops.reference import scales_float32
 from fourbit.quantize import (
@@ -102,6 +102,14 @@ def test_bytes_scales_and_values(quant_type: Any, dtype: torch.dtype, blocksize:
             assert torch.equal(
                 bnb.dequantize_4bit(their_packed, their_state).reshape(shape), restored
             )
+
+
+@pytest.mark.parametrize("isa", native.supported())
+@pytest.mark.parametrize("quant_type", oracles.BITSANDBYTES_TYPES)
+@pytest.mark.parametrize("dtype", oracles.FLOATS, ids=str)
+def test_bytes_by_every_instruction_set(quant_type: Any, dtype: torch.dtype, isa: str) -> None:
+    with native.using(isa):
+        test_bytes_scales_and_values(quant_type, dtype, 64)
 
 
 @pytest.mark.parametrize("quant_type", oracles.BITSANDBYTES_TYPES)

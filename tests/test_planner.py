@@ -14,6 +14,7 @@ import fourbit
 from fourbit import device as devices
 from fourbit import planner
 from fourbit.errors import InputError
+from fourbit.integrations.fused import use_fast_paths
 from fourbit.integrations.peft import add_adapter
 from fourbit.integrations.prompts import add_prompt
 from fourbit.integrations.transformers import enable_checkpointing, quantize_model
@@ -58,6 +59,7 @@ def trained_model(name, shape=SHAPE):
     """What the run itself will build."""
     full = shape.method == "full"
     model = tiny_model(name, dtype=torch.float32 if full else shape.dtype)
+    use_fast_paths(model)
     if full:
         return model.requires_grad_(True).train()
     model.requires_grad_(False)

@@ -14,6 +14,7 @@
 #include "decode_sketch.h"
 
 namespace FB_NAMESPACE {
+namespace decode {
 
 // Threads wait here for each other some ten times a layer, too often for the operating system.
 struct Gate {
@@ -472,5 +473,11 @@ static void decode_layout(int64_t* sizes) {
   sizes[0] = sizeof(Matrix), sizes[1] = sizeof(Layer), sizes[2] = sizeof(Model);
   sizes[3] = sizeof(Step);
 }
+
+}  // namespace decode
+
+using decode::decode_layout;
+using decode::decode_step;
+using decode::decode_workspace;
 
 }  // namespace FB_NAMESPACE

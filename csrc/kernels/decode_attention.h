@@ -2,6 +2,7 @@
 #pragma once
 
 namespace FB_NAMESPACE {
+namespace decode {
 
 static inline float tanh_fast(float x) { return 1.0f - 2.0f / (exp_fast(2.0f * x) + 1.0f); }
 
@@ -162,4 +163,5 @@ static inline void attend(const Layer& layer, const Step& step, int64_t row, int
   }
 }
 
+}  // namespace decode
 }  // namespace FB_NAMESPACE

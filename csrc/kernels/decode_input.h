@@ -2,6 +2,7 @@
 #pragma once
 
 namespace FB_NAMESPACE {
+namespace decode {
 
 #if defined(__AVX512BF16__)
 static constexpr bool kHasHalf = true;
@@ -154,4 +155,5 @@ static inline void prepare(const Input& in, int64_t row, const float* x, int64_t
   if (forms & kFormCodes) to_codes(in, row, x, columns, threshold);
 }
 
+}  // namespace decode
 }  // namespace FB_NAMESPACE

@@ -2,6 +2,7 @@
 #pragma once
 
 namespace FB_NAMESPACE {
+namespace decode {
 
 // acc[r][c] += w[r] . x[c]; float rows are `count` long, a multiple of 16.
 template <int R, int C>
@@ -305,4 +306,5 @@ static inline void low_rank(const Group& group, const Input& in, int64_t count, 
   }
 }
 
+}  // namespace decode
 }  // namespace FB_NAMESPACE

@@ -3,6 +3,7 @@
 #pragma once
 
 namespace FB_NAMESPACE {
+namespace decode {
 
 // The head in eight bits, rows padded to 64 columns; null codes where there is none.
 struct Sketch {
@@ -81,4 +82,5 @@ static inline float bound_scores(const Sketch& sketch, const WholeState& state, 
   return floor;
 }
 
+}  // namespace decode
 }  // namespace FB_NAMESPACE

@@ -2,6 +2,7 @@
 #pragma once
 
 namespace FB_NAMESPACE {
+namespace decode {
 
 enum Format : int64_t { kPlain = 0, kTransposed = 1, kFourBit = 2, kEightBit = 3 };
 enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
@@ -74,4 +75,5 @@ struct Step {
   int64_t rows;
 };
 
+}  // namespace decode
 }  // namespace FB_NAMESPACE

@@ -2,6 +2,7 @@
 #pragma once
 
 namespace FB_NAMESPACE {
+namespace decode {
 
 static inline int log2_of(int64_t power) {
   int result = 0;
@@ -313,4 +314,5 @@ class PackedRows {
   float table_[256];
 };
 
+}  // namespace decode
 }  // namespace FB_NAMESPACE

@@ -138,6 +138,13 @@ def signed_dynamic_map(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
+@lru_cache(maxsize=64)
+def nested_thresholds(device: torch.device) -> Tensor:
+    """The 255 float32 midpoints between neighbours of `signed_dynamic_map`, ascending."""
+    values = signed_dynamic_map(torch.device("cpu"))
+    return ((values[:-1] + values[1:]) / 2).to(device)
+
+
 def normal_float(bits: int) -> Tensor:
     """The NormalFloat code of ``bits`` bits, derived from quantiles of the normal distribution.
 

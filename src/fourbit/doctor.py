@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import constants
 
+from fourbit import native
 from fourbit.device import Machine, default_device, machine, resolve_precision
 from fourbit.files import human_bytes
 from fourbit.ops import reference as reference  # registers the ops asked about below
@@ -33,6 +34,7 @@ _OPS = (
     "dequantize_int8",
     "linear_int8",
     "dropout_mask",
+    "cross_entropy_rows_",
 )
 _LITTLE_MEMORY = 2_000_000_000
 _LITTLE_DISK = 2_000_000_000
@@ -214,16 +216,36 @@ def disk_finding(free: int, folder: Path) -> Finding:
 
 def _kernels() -> Finding:
     key = "CUDA" if default_device().type == "cuda" else "CPU"
+    trouble = native.trouble() if key == "CPU" else None
+    if trouble is not None:
+        return kernels_missing(trouble)
     fast = [
         name
         for name in _OPS
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fourbit::{name}", key)
     ]
     if not fast:
-        return Finding("ok", f"every quantized operation on {key} is served by plain PyTorch")
+        return Finding("ok", f"kernels: none, every operation on {key} is served by plain PyTorch")
+    made = f"{native.isa()} (csrc)" if key == "CPU" else key
+    best = native.supported()[-1:]
+    held = ""
+    if key == "CPU" and best and best[0] != native.isa():
+        held = f", held below {best[0]} by ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA"
     plain = [name for name in _OPS if name not in fast]
     rest = f"; plain PyTorch serves {', '.join(plain)}" if plain else ""
-    return Finding("ok", f"kernels made for {key} serve {', '.join(fast)}{rest}")
+    return Finding("ok", f"kernels: {made}{held}, for {', '.join(fast)}{rest}")
+
+
+def kernels_missing(trouble: native.Trouble) -> Finding:
+    """What is said when plain PyTorch serves every operation on the CPU.
+
+    Args:
+        trouble: as from `fourbit.native.trouble`.
+    """
+    level: Level = "note" if trouble.expected else "warning"
+    return Finding(
+        level, f"kernels: none, plain PyTorch serves, slower: {trouble.what}", trouble.fix
+    )
 
 
 def _bitsandbytes() -> Finding | None:

@@ -27,6 +27,7 @@ from fourbit import device as devices
 from fourbit.errors import FourbitError, InputError, ModelError
 from fourbit.integrations import gguf as gguf_files
 from fourbit.integrations.config import require_readable
+from fourbit.integrations.fused import use_fast_paths
 from fourbit.integrations.transformers import FourbitConfig
 from fourbit.linear import packed_weights
 from fourbit.quantize import QuantConfig, check_finite
@@ -207,13 +208,8 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     device = options.device or devices.default_device()
     dtype = options.dtype or devices.resolve_precision("auto", device)
     config = load_config(source, trust_remote_code=options.trust_remote_code)
-    check_index(source.path)
     stored = _raw_config(source).get("quantization_config")
-    for path in source.weight_files():
-        if path.suffix == ".safetensors":
-            header = check_safetensors(path)
-            if not stored:
-                _require_plain(path, header)
+    _check_files(source, quantized=bool(stored))
     quant = options.quant
     if stored:
         quant = quant or QuantConfig()
@@ -233,6 +229,8 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         keywords["quantization_config"] = FourbitConfig.from_quant(
             quant, compute_dtype=_compute_dtype(quant)
         )
+        # below, when the parts that stay floating have the run's dtype
+        keywords["quantization_config"].fused_layers = False
     where: str | None = str(source.path)
     if source.kind == "gguf":
         where, keywords["state_dict"] = None, gguf_files.lazy_state_dict(source.path, config)
@@ -245,8 +243,19 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         model.name_or_path = model.config.name_or_path = source.name
     if quant is not None:
         _cast_unquantized(model, dtype)
+    if options.attn_implementation is None:
+        use_fast_paths(model)
     devices.release_memory()
     return model.eval()
+
+
+def _check_files(source: ModelSource, *, quantized: bool) -> None:
+    check_index(source.path)
+    for path in source.weight_files():
+        if path.suffix == ".safetensors":
+            header = check_safetensors(path)
+            if not quantized:
+                _require_plain(path, header)
 
 
 def _require_plain(path: Path, header: dict[str, Any]) -> None:

@@ -1,20 +1,24 @@
 """Cross-entropy of a linear head, in chunks: the logits of a whole batch never exist.
 
 Only supervised positions are multiplied with the head. The gradient with respect to the hidden
-states is computed in the same pass, chunk by chunk, so the logits need not be made twice.
+states is computed in the same pass, chunk by chunk, so the logits need not be made twice; all
+chunks share the memory of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fourbit.ops import cross_entropy_rows_
+
 IGNORE = -100
 _CHUNK_BYTES = 64 << 20
-"""float32 logits alive at once; smaller chunks starve the matrix product."""
+"""Logits alive at once, were they float32; smaller chunks starve the matrix product."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +31,53 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
 
-    def apply(self, raw: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits from raw logits (float32, changed in place), and d logits / d raw if not 1."""
-        if self.scale != 1.0:
-            raw.mul_(self.scale)
-        if self.softcap is None:
-            return raw, None if self.scale == 1.0 else torch.tensor(self.scale)
-        squashed = raw.div_(self.softcap).tanh_()
-        slope = (1 - squashed.square()).mul_(self.scale)
-        return squashed.mul_(self.softcap), slope
+
+def _sum_and_gradients(
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    labels_T: Tensor,
+    transform: LogitTransform,
+    *,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The float32 sum of losses, and the gradients of it that are needed.
+
+    Args:
+        tensors: hidden states ``[T, H]``, head ``[V, H]`` and its bias ``[V]``.
+        labels_T: -100 is not supervised.
+        transform: softcap and scale of the logits.
+        needs: for which of the tensors a gradient is made.
+    """
+    hidden_TH, weight_VH, bias_V = tensors
+    weight = weight_VH.to(hidden_TH.dtype)
+    bias = None if bias_V is None else bias_V.to(hidden_TH.dtype)
+    # positions that are not supervised keep the gradient 0
+    grad_hidden = torch.zeros_like(hidden_TH) if needs[0] else None
+    grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs[1] else None
+    grad_bias = torch.zeros(weight_VH.shape[0], device=weight.device) if needs[2] else None
+    total = torch.zeros((), dtype=torch.float64, device=hidden_TH.device)
+    for positions, chunk, logits in _chunks(hidden_TH, labels_T, weight.shape[0]):
+        if bias is None:
+            torch.mm(chunk, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, chunk, weight.t(), out=logits)
+        losses = cross_entropy_rows_(
+            logits,
+            labels_T[positions],
+            scale=transform.scale,
+            softcap=transform.softcap,
+            gradient=any(needs),
+        )
+        total += losses.sum(dtype=torch.float64)
+        grad = logits
+        if grad_bias is not None:
+            grad_bias += grad.sum(0, dtype=torch.float32)
+        if grad_hidden is not None and isinstance(positions, slice):
+            torch.mm(grad, weight, out=grad_hidden[positions])
+        elif grad_hidden is not None:
+            grad_hidden[positions] = grad @ weight
+        if grad_weight is not None:
+            grad_weight += grad.t() @ chunk
+    return total.float(), (grad_hidden, grad_weight, grad_bias)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -50,36 +92,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         transform: LogitTransform,
     ) -> Tensor:
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        weight = weight_VH.to(hidden_TH.dtype)
-        bias = None if bias_V is None else bias_V.to(hidden_TH.dtype)
-        grad_hidden = torch.empty_like(hidden_TH) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
-        grad_bias = torch.zeros(weight_VH.shape[0], device=weight.device) if needs_bias else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_TH.device)
-        rows = max(1, _CHUNK_BYTES // (4 * weight.shape[0]))
-        for start in range(0, hidden_TH.shape[0], rows):
-            chunk = hidden_TH[start : start + rows]
-            target = labels_T[start : start + rows, None]
-            raw = torch.nn.functional.linear(chunk, weight, bias).float()
-            logits, slope = transform.apply(raw)
-            normalizer = logits.logsumexp(dim=1, keepdim=True)
-            total += (normalizer - logits.gather(1, target)).sum()
-            if not (needs_hidden or needs_weight or needs_bias):
-                continue
-            # d loss / d logits = softmax - onehot, written over the logits
-            grad = logits.sub_(normalizer).exp_()
-            grad.scatter_add_(1, target, grad.new_full(target.shape, -1.0))
-            if slope is not None:
-                grad.mul_(slope.to(grad.device))
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            narrow = grad.to(hidden_TH.dtype)
-            if grad_hidden is not None:
-                torch.mm(narrow, weight, out=grad_hidden[start : start + rows])
-            if grad_weight is not None:
-                grad_weight += narrow.t() @ chunk
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        total, gradients = _sum_and_gradients(
+            (hidden_TH, weight_VH, bias_V), labels_T, transform, needs=ctx.needs_input_grad[:3]
+        )
+        ctx.save_for_backward(*gradients)
         ctx.dtypes = (weight_VH.dtype, None if bias_V is None else bias_V.dtype)
         return total
 
@@ -95,6 +111,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _chunks(
+    hidden_TH: Tensor, labels_T: Tensor, vocab: int
+) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
+    """Supervised positions some at a time: which, their hidden states, room for their logits.
+
+    The room is the same memory each time: fresh memory costs more than what is done with it.
+    """
+    supervised = (labels_T != IGNORE).nonzero().squeeze(1)
+    count = supervised.numel()
+    chunks = -(-count // max(1, _CHUNK_BYTES // (4 * vocab)))
+    rows = max(1, -(-count // max(1, chunks)))  # no last chunk of a few rows: it would cost as much
+    logits = hidden_TH.new_empty((rows, vocab))
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
+        whole = count == labels_T.numel()
+        positions = slice(start, stop) if whole else supervised[start:stop]
+        yield positions, hidden_TH[positions], logits[: stop - start]
 
 
 def linear_cross_entropy(
@@ -118,15 +153,12 @@ def linear_cross_entropy(
     Returns:
         A float32 scalar, differentiable in ``hidden``, ``weight`` and ``bias``.
     """
-    flat_labels = labels.reshape(-1)
-    keep = flat_labels != IGNORE
-    return _ChunkedCrossEntropy.apply(
-        hidden.reshape(-1, hidden.shape[-1])[keep],
-        weight,
-        bias,
-        flat_labels[keep],
-        transform or LogitTransform(),
-    )
+    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    how = transform or LogitTransform()
+    if not torch.is_grad_enabled():
+        tensors = flat_hidden, weight, bias
+        return _sum_and_gradients(tensors, flat_labels, how, needs=(False, False, False))[0]
+    return _ChunkedCrossEntropy.apply(flat_hidden, weight, bias, flat_labels, how)
 
 
 def logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

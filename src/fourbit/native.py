@@ -7,12 +7,14 @@ built, an unknown CPU) every question is answered with None, and plain PyTorch s
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -35,11 +37,25 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _chosen: list[str] = []
 
 
+class Trouble(NamedTuple):
+    """Why there are no kernels.
+
+    Attributes:
+        what: the fact, in half a sentence.
+        fix: what to do.
+        expected: whether this is how a build without a compiler ends, no mistake.
+    """
+
+    what: str
+    fix: str
+    expected: bool = False
+
+
 @lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL | None:
+def _loaded() -> tuple[ctypes.CDLL | None, Trouble | None]:
     path = library_path()
     if not path.is_file():
-        return None
+        return None, _absent()
     try:
         # torch first: its OpenMP is then the one that this library finds by name
         library = ctypes.CDLL(str(path))
@@ -47,9 +63,57 @@ def _library() -> ctypes.CDLL | None:
         library.fb_isa.argtypes = [ctypes.c_int]
         library.fb_kernel.restype = ctypes.c_void_p
         library.fb_kernel.argtypes = [ctypes.c_char_p, ctypes.c_char_p]
-        return library if library.fb_abi() == _ABI else None
-    except (OSError, AttributeError):
+        library.fb_source.restype = ctypes.c_char_p
+        matching = library.fb_abi() == _ABI
+    except (OSError, AttributeError) as error:
+        return None, Trouble(f"{path} cannot be loaded ({error})", _rebuild())
+    sources = source_hash()
+    if sources is not None and library.fb_source().decode() != sources:
+        return None, Trouble(f"{path.name} is older than csrc/", _rebuild())
+    if not matching:
+        return None, Trouble(f"{path.name} is of another version of fourbit", _rebuild())
+    return library, None
+
+
+def _absent() -> Trouble:
+    if sys.platform == "win32":
+        what, fix = "none are built for Windows", "use fourbit inside WSL"
+    else:
+        what = "none were built with this installation"
+        fix = f"install a C++ compiler (g++ or clang++), then {_rebuild()}"
+    return Trouble(what, fix, expected=True)
+
+
+def _rebuild() -> str:
+    if _sources() is not None:
+        return "run `make native`, or `pip install -e .` again"
+    return "pip install --force-reinstall --no-deps --no-binary fourbit fourbit"
+
+
+def _sources() -> Path | None:
+    """csrc/ of the checkout that this package is run from; None for an installed package."""
+    folder = Path(__file__).parents[2] / "csrc"
+    return folder if (folder / "dispatch.cpp").is_file() else None
+
+
+def source_hash() -> str | None:
+    """What a library made of csrc/ as it is now would say of its sources; None without csrc/."""
+    folder = _sources()
+    if folder is None:
         return None
+    patterns = ("*.h", "*.cpp", "isa/*.cpp", "kernels/*.h", "CMakeLists.txt")
+    found = (path for pattern in patterns for path in folder.glob(pattern))
+    digests = {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in found
+    }
+    listing = "".join(f"{name} {digests[name]}\n" for name in sorted(digests))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def trouble() -> Trouble | None:
+    """Why `supported` is empty; None when it is not."""
+    return _loaded()[1]
 
 
 def library_path() -> Path:
@@ -60,7 +124,7 @@ def library_path() -> Path:
 @lru_cache(maxsize=1)
 def supported() -> tuple[str, ...]:
     """The instruction sets that both the library and this CPU have, weakest first."""
-    library = _library()
+    library = _loaded()[0]
     if library is None:
         return ()
     names = []
@@ -126,7 +190,7 @@ def kernel(name: str, arguments: str) -> Callable[..., None]:
 
 @lru_cache(maxsize=1024)
 def _function(chosen: str, name: str, arguments: str) -> Callable[..., None]:
-    library = _library()
+    library = _loaded()[0]
     assert library is not None
     address = library.fb_kernel(chosen.encode(), name.encode())
     if not address:

@@ -8,6 +8,7 @@ backward pass, allocator) is estimated and says so.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from fourbit import device as devices
 from fourbit.errors import InputError
+from fourbit.integrations.fused import use_fast_paths
 from fourbit.integrations.peft import add_adapter, base_model
 from fourbit.integrations.prompts import add_prompt, prompted, with_prompt
 from fourbit.integrations.transformers import (
@@ -134,6 +136,7 @@ def _plan(
     model = _skeleton(config, shape)
     with FakeTensorMode(allow_non_fake_inputs=True):
         _pretend(model)
+        use_fast_paths(base_model(model))
         trainable = [p for p in model.parameters() if p.requires_grad]
         adapters = sum(_bytes(p) for p in trainable)
         activations = _activations(model, shape, recompute=recompute)
@@ -165,7 +168,7 @@ def _skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
     full = shape.method == "full"
     with torch.device("meta"):
         base: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32 if full else shape.dtype
+            copy.deepcopy(config), dtype=torch.float32 if full else shape.dtype
         )
     model: nn.Module = base
     if not full:

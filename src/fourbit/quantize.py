@@ -20,7 +20,6 @@ from fourbit.settings import Settings
 ComputeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_CHUNK = 1 << 20
 
 
 WeightType = Literal["nf4", "fp4", "int4", "int8"]
@@ -107,19 +106,8 @@ def check_finite(weight: Tensor, *, name: str) -> None:
     Raises:
         ModelError: naming the tensor, the first flat index and the count.
     """
-    # A sum is NaN or Inf whenever an element is; it costs one pass and no mask. In pieces, because
-    # a mapped tensor must not be copied as a whole.
     flat = weight.reshape(-1)
-    size = _CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)
-    first, count = -1, 0
-    for start in range(0, flat.numel(), size):
-        part = flat[start : start + size]
-        if torch.isfinite(part.sum()):
-            continue
-        bad = torch.nonzero(~torch.isfinite(part))
-        if bad.numel():
-            first = start + int(bad[0]) if first < 0 else first
-            count += bad.numel()
+    first, count = ops.count_nonfinite(flat)
     if count == 0:
         return
     raise ModelError(
@@ -163,8 +151,10 @@ def quantize_4bit(
         raise ValueError(f"quant_type {quant_type!r} is not one of {codebook.QUANT_TYPES}")
     if blocksize not in codebook.BLOCKSIZES:
         raise ValueError(f"blocksize {blocksize} is not one of {codebook.BLOCKSIZES}")
-    check_finite(weight, name=name)
     packed, absmax = ops.quantize_4bit(weight, blocksize=blocksize, quant_type=quant_type)
+    # the largest magnitude of a block shows what is in it: the weight need not be read again
+    if ops.count_nonfinite(absmax)[1]:
+        check_finite(weight, name=name)
     nested_absmax = nested_offset = None
     if double_quant:
         absmax, nested_absmax, nested_offset = ops.quantize_absmax(absmax)
@@ -190,9 +180,9 @@ def quantize_int8(weight: Tensor, *, name: str = "tensor") -> tuple[Tensor, Tens
     """
     if weight.dtype not in _FLOATS or weight.dim() != 2:
         raise ValueError(f"{name}: INT8 takes float matrices, not {weight.dtype} {weight.dim()}-D")
-    check_finite(weight, name=name)
     codes, absmax = ops.quantize_int8(weight)
     if not torch.isfinite(absmax).all():
+        check_finite(weight, name=name)
         raise ModelError(
             "beyond-float16",
             where=name,

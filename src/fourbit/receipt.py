@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
+from fourbit.fused import observer
 from fourbit.integrations.experts import LoraExperts
 from fourbit.integrations.peft import (
     lora_layers,
@@ -239,7 +240,7 @@ class Watch:
         def note(_module: nn.Module, _inputs: Any) -> None:
             self._called.add(name)
 
-        return note
+        return observer(note)
 
     def stop(self) -> None:
         """Removes the hooks."""

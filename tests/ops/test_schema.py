@@ -152,7 +152,10 @@ def test_every_op_is_checked_here() -> None:
     names = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fourbit::")}
     checked = ("quantize_4bit", "quantize_absmax", "dequantize_4bit", "dropout_mask")
     int8 = ("quantize_int8", "dequantize_int8", "linear_int8")
-    assert names == {f"fourbit::{n}" for n in (*checked, *int8, "linear_4bit", "lora_linear_4bit")}
+    linears = ("linear_4bit", "lora_linear_4bit")
+    # in test_attention.py and test_cross_entropy.py
+    elsewhere = ("attention", "attention_backward", "cross_entropy_rows_")
+    assert names == {f"fourbit::{n}" for n in (*checked, *int8, *linears, *elsewhere)}
 
 
 def test_shapes_beyond_32_bit_indices_need_no_memory() -> None:

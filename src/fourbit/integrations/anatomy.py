@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fourbit.fused.parts import Heads, Norm
+
 
 @dataclass(frozen=True)
 class LayerNames:
@@ -107,6 +109,8 @@ _NORM_OFFSETS = {
     "gemma2.Gemma2RMSNorm": 1.0,
     "gemma3.Gemma3RMSNorm": 1.0,
 }
+FUSED_FROM = "_fourbit_fused_from"
+"""Class attribute by which our subclass of a decoder layer names the class it stands for."""
 _ACTIVATIONS = {
     "SiLU": "silu",
     "SiLUActivation": "silu",
@@ -115,46 +119,8 @@ _ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Norm:
-    """One norm: ``x / rms(x) * (weight + offset)``, or a layer norm when ``bias`` is there.
-
-    Attributes:
-        weight: ``[D]``.
-        bias: ``[D]`` of a layer norm; None for a root-mean-square norm.
-        eps: added to the mean square (to the variance).
-        offset: added to the weight.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-    offset: float
-
-
-@dataclass(frozen=True)
-class Heads:
-    """Shape and scores of one layer's attention.
-
-    Attributes:
-        heads: query heads.
-        kv_heads: key and value heads.
-        head_dim: width of a head.
-        scale: of the scores.
-        softcap: of the scores; 0 for none.
-        sliding_window: number of keys a query sees, itself included; None for all.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    softcap: float
-    sliding_window: int | None
-
-
 def _known_as(cls: type) -> str:
-    """``llama.LlamaDecoderLayer`` for the class of that name, which need not be imported."""
+    """``llama.LlamaDecoderLayer`` for transformers' own class of that name; imports nothing."""
     prefix, _, module = cls.__module__.rpartition(".")
     family = prefix.removeprefix("transformers.models.")
     return f"{family}.{cls.__qualname__}" if module == f"modeling_{family}" else ""
@@ -162,11 +128,7 @@ def _known_as(cls: type) -> str:
 
 def layer_names(layer: nn.Module) -> LayerNames | None:
     """The names inside a decoder layer of a known class (or of our subclass of it), else None."""
-    for cls in type(layer).__mro__[:2]:
-        names = _LAYERS.get(_known_as(cls))
-        if names is not None:
-            return names
-    return None
+    return _LAYERS.get(_known_as(vars(type(layer)).get(FUSED_FROM, type(layer))))
 
 
 def known_layers(model: nn.Module) -> list[nn.Module]:

@@ -28,6 +28,7 @@ _FLAGS = (
     "llm_int8_enable_fp32_cpu_offload",
     "allow_unquantized",
     "quantize_experts",
+    "fused_layers",
 )
 _KEYWORDS = (
     *_FLAGS,
@@ -68,6 +69,8 @@ class FourbitConfig(QuantizationConfigMixin):
         allow_unquantized: ours: accept a model of which a large part stays in 16 bits.
         quantize_experts: ours: pack a mixture's experts too (default); bitsandbytes leaves them
             in 16 bits and has no format for them.
+        fused_layers: ours: compute decoder layers of known architectures with fused kernels where
+            they compute the same (default); nothing is stored of it.
 
     Raises:
         InputError: an unknown name, or a value of the wrong type or outside the legal set.
@@ -94,6 +97,7 @@ class FourbitConfig(QuantizationConfigMixin):
         blocksize: int | None = None,
         allow_unquantized: bool | None = None,
         quantize_experts: bool | None = None,
+        fused_layers: bool | None = None,
         **unknown: Any,
     ) -> None:
         given: dict[str, Any] = {
@@ -111,6 +115,7 @@ class FourbitConfig(QuantizationConfigMixin):
             "blocksize": blocksize,
             "allow_unquantized": allow_unquantized,
             "quantize_experts": quantize_experts,
+            "fused_layers": fused_layers,
             **unknown,
         }
         # transformers turns what goes wrong inside a conversion into a log entry; kept here.
@@ -136,6 +141,7 @@ class FourbitConfig(QuantizationConfigMixin):
         self.llm_int8_compute_dtype = _dtype(given, "llm_int8_compute_dtype")
         self.allow_unquantized: bool = given.get("allow_unquantized", False)
         self.quantize_experts: bool = given.get("quantize_experts", True)
+        self.fused_layers: bool = given.get("fused_layers", True)
         self.modules_to_not_convert = given.get("llm_int8_skip_modules")
         if self.load_in_8bit:
             self.quant = QuantConfig(quant_type="int8", llm_int8_threshold=self.llm_int8_threshold)
@@ -213,7 +219,7 @@ class FourbitConfig(QuantizationConfigMixin):
             arithmetic = ("bnb_4bit_compute_dtype",)
         named = {*arithmetic, "allow_unquantized"} & self.given
         config = FourbitConfig(**facts | {name: getattr(self, name) for name in named})
-        config.failures = self.failures
+        config.failures, config.fused_layers = self.failures, self.fused_layers
         if self.compute_dtype is None and config.load_in_4bit:
             config.compute_dtype = None
             config.bnb_4bit_compute_dtype = (

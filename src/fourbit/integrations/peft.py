@@ -139,27 +139,13 @@ class LoraLinear4bit(ExactMerge, PeftLoraLinear):
         assert base is not None
         yield base.dequantize(torch.float32)
 
-    def _fused_adapter(self) -> str | None:
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(active) != 1:
-            return None
-        name = active[0]
-        plain = name not in self.lora_variant or name in self.lora_start_A
-        return name if plain and not self.lora_bias[name] else None
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        name = None if args or kwargs else self._fused_adapter()
+        adapter = None if args or kwargs else plain_adapter(self)
         base = self.get_base_layer()
-        if name is None or not isinstance(base, Linear4bit):
+        if adapter is None or not isinstance(base, Linear4bit):
             return super().forward(x, *args, **kwargs)
-        dropout = self.lora_dropout[name]
-        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-        A, B = _weight(self.lora_A[name]), _weight(self.lora_B[name])
-        if name in self.lora_start_A:
-            A = torch.cat([A, self.lora_start_A[name].to(A.dtype)])
-            B = torch.cat([B, -self.lora_start_B[name].to(B.dtype)], dim=1)
-        return lora_forward(base, x, (A, B, self.scaling[name], probability))
+        return lora_forward(base, x, adapter)
 
     def extra_repr(self) -> str:
         """Rank, alpha and dropout of each adapter, for ``print(model)``."""
@@ -168,6 +154,25 @@ class LoraLinear4bit(ExactMerge, PeftLoraLinear):
             f" scaling={self.scaling[name]:g}"
             for name in self.lora_A
         )
+
+
+def plain_adapter(layer: PeftLoraLinear) -> tuple[Tensor, Tensor, float, float] | None:
+    """A, B, scaling and dropout of a layer's adapter when one plain one is active and unmerged."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or len(active) != 1:
+        return None
+    name = active[0]
+    starts = getattr(layer, "lora_start_A", {})
+    if layer.lora_bias[name] or (name in layer.lora_variant and name not in starts):
+        return None
+    dropout = layer.lora_dropout[name]
+    probability = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    A, B = _weight(layer.lora_A[name]), _weight(layer.lora_B[name])
+    if name in starts:
+        A = torch.cat([A, starts[name].to(A.dtype)])
+        ends = getattr(layer, "lora_start_B")  # noqa: B009  # there whenever the other is
+        B = torch.cat([B, -ends[name].to(B.dtype)], dim=1)
+    return A, B, layer.scaling[name], probability
 
 
 def _needs_weights(key: str, what: str) -> InputError:

@@ -35,6 +35,7 @@ from fourbit.experts import pack_stack
 from fourbit.integrations import peft as peft_hooks
 from fourbit.integrations.config import METHOD, FourbitConfig
 from fourbit.integrations.experts import replace_experts, restore_experts
+from fourbit.integrations.fused import use_fast_paths
 from fourbit.linear import (
     Linear4bit,
     Linear8bit,
@@ -291,6 +292,8 @@ class FourbitQuantizer(HfQuantizer):
             )
         self._require_shapes(model)
         self._keep_conversions(model)
+        if self.quantization_config.fused_layers:
+            use_fast_paths(model)
         return model
 
     def _require_shapes(self, model: PreTrainedModel) -> None:
@@ -599,6 +602,7 @@ def quantize_model(
     base.config.quantization_config = config
     base.is_quantized = True  # type: ignore[assignment]
     base.quantization_method = METHOD  # type: ignore[assignment]
+    use_fast_paths(base)
     return replaced
 
 

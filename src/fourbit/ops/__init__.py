@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 # The imports register kernels: an op without a default one could be defined but not called.
+from fourbit.ops import attention_schema as attention_schema
 from fourbit.ops import cpu as cpu
+from fourbit.ops import loss as loss
 from fourbit.ops import reference as reference
 from fourbit.ops import schema
+from fourbit.ops.cpu import quantize as cpu_quantize
+from fourbit.ops.reference import dropout_threshold as dropout_threshold
+from fourbit.ops.schema import dropout_mask as dropout_mask
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
@@ -31,6 +36,23 @@ def dequantize_4bit(
 ) -> Tensor:
     """The weight as ``shape`` in ``dtype``."""
     return torch.ops.fourbit.dequantize_4bit(*scales, blocksize, quant_type, list(shape), dtype)
+
+
+def dequantize_into(
+    scales: Scales, *, blocksize: int, quant_type: str, out: Tensor, first: int = 0
+) -> Tensor:
+    """Fills ``out``, contiguous, with the weights from flat index ``first`` on, in its dtype.
+
+    For callers that expand one weight after the other into the same memory; not for graphs.
+    """
+    return cpu_quantize.dequantize_into(
+        scales, blocksize=blocksize, quant_type=quant_type, out=out, first=first
+    )
+
+
+def count_nonfinite(x: Tensor) -> tuple[int, int]:
+    """``(first flat index, count)`` of NaN and Inf in ``x``; the index is past the end if none."""
+    return cpu_quantize.count_nonfinite(x)
 
 
 def linear_4bit(
@@ -83,3 +105,23 @@ def linear_int8(
 ) -> Tensor:
     """LLM.int8 product; differentiable in ``x``, ``bias`` and a floating ``weight``."""
     return torch.ops.fourbit.linear_int8(x, weight, absmax, bias, threshold)
+
+
+def cross_entropy_rows_(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    gradient: bool = True,
+) -> Tensor:
+    """Losses float32 ``[M]`` of logits ``[M, V]``, which become the gradient of the losses' sum.
+
+    Args:
+        logits: changed in place, unless ``gradient`` is false; any floating dtype.
+        labels: ``[M]``, each in ``[0, V)``.
+        scale: of the logits, before the softcap.
+        softcap: ``softcap * tanh(scale * logits / softcap)`` counts, where it is given.
+        gradient: whether the gradient is wanted.
+    """
+    return torch.ops.fourbit.cross_entropy_rows_(logits, labels, scale, softcap, gradient)

@@ -18,6 +18,7 @@ from fourbit.ops.schema import default_kernel
 _TINY = 1e-38  # keeps 1/absmax finite for an all-zero block
 _PER_CODE = 7.874015718698502e-3  # 1 / 127
 _HALF_MAX = 65504.0  # the largest float16
+_WORD = 0xFFFFFFFF
 _CHUNK = 1 << 20  # weights handled at once: fp32 temporaries stay inside the last-level cache
 
 
@@ -26,7 +27,8 @@ def _no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _float_bits(scales: Tensor) -> Tensor:
+def float_bits(scales: Tensor) -> Tensor:
+    """Scales as float32, whichever way they are held."""
     return scales.view(torch.float32) if scales.dtype == torch.int32 else scales
 
 
@@ -67,19 +69,23 @@ def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tens
 
 @default_kernel("quantize_absmax")
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Second quantization of float32 absmax ``[b]``: codes ``[b]``, scales ``[m]``, offset ``[1]``.
-
-    The mean is taken in float64: torch's float32 mean depends on the number of threads.
-    """
+    """Quantizes float32 absmax ``[b]`` again: codes ``[b]``, scales ``[m]``, offset ``[1]``."""
     if absmax.numel() == 0:
         empty = absmax.new_empty(0)
         return empty.to(torch.uint8), empty, absmax.new_zeros(1)
-    offset = absmax.double().mean().float()
+    offset = nested_mean(absmax)
     scaled, nested_absmax = _scaled_blocks(absmax - offset, codebook.NESTED_BLOCKSIZE)
-    values = codebook.signed_dynamic_map(absmax.device)
-    bounds = (values[:-1] + values[1:]) / 2
+    bounds = codebook.nested_thresholds(absmax.device)
     codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
     return codes, nested_absmax, offset[None]
+
+
+def nested_mean(absmax: Tensor) -> Tensor:
+    """The offset of double quantization, a 0-dim float32.
+
+    Summed in float64: torch's float32 mean depends on the number of threads.
+    """
+    return absmax.double().mean().float()
 
 
 def scales_float32(
@@ -87,15 +93,15 @@ def scales_float32(
 ) -> Tensor:
     """The float32 scale of each block ``[b]``, whichever way it is stored."""
     if nested_absmax is None or nested_offset is None:
-        return _float_bits(absmax)
-    nested = _float_bits(nested_absmax)
+        return float_bits(absmax)
+    nested = float_bits(nested_absmax)
     codes = absmax.to(torch.int32)
     scales = codebook.signed_dynamic_map(absmax.device).index_select(0, codes)
     full = scales.numel() // codebook.NESTED_BLOCKSIZE
     blocks = scales[: full * codebook.NESTED_BLOCKSIZE].view(-1, codebook.NESTED_BLOCKSIZE)
     blocks.mul_(nested[:full, None])
     scales[full * codebook.NESTED_BLOCKSIZE :] *= nested[-1:]
-    return scales.add_(_float_bits(nested_offset))
+    return scales.add_(float_bits(nested_offset))
 
 
 @default_kernel("dequantize_4bit")
@@ -156,7 +162,7 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
 
     In bitsandbytes' order of multiplications, so that the bits agree.
     """
-    return (codes.float() * _float_bits(absmax)[:, None]).mul_(_PER_CODE).to(dtype)
+    return (codes.float() * float_bits(absmax)[:, None]).mul_(_PER_CODE).to(dtype)
 
 
 @default_kernel("linear_int8")
@@ -169,7 +175,7 @@ def linear_int8(
     in ``x.dtype`` with the dequantized weights; the rest as int8 · int8 in int32. With ``absmax``
     None the weight is a floating one, quantized here.
     """
-    codes, scales = (weight, _float_bits(absmax)) if absmax is not None else quantize_int8(weight)
+    codes, scales = (weight, float_bits(absmax)) if absmax is not None else quantize_int8(weight)
     flat = x.reshape(-1, x.shape[-1])
     halves = flat.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16).float()
     outliers = None
@@ -184,18 +190,23 @@ def linear_int8(
     if outliers is not None:
         x_codes[:, outliers] = 0
     with _no_autocast(x):
-        y = _int8_product(x_codes, codes).float()
+        y = int8_product(x_codes, codes).float()
     y.mul_(x_scales[:, None] * scales).mul_(_PER_CODE * _PER_CODE)
     if outliers is not None and outliers.numel():
-        columns = dequantize_int8(codes[:, outliers], scales, x.dtype)
-        with _no_autocast(x):
-            y += (flat[:, outliers] @ columns.t()).float()
+        y += outlier_product(flat, codes, scales, outliers).float()
     if bias is not None:
         y += bias.float()
     return torch.ops.aten._unsafe_view(y.to(x.dtype), [*x.shape[:-1], codes.shape[0]])
 
 
-def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
+def outlier_product(x: Tensor, codes: Tensor, scales: Tensor, columns: Tensor) -> Tensor:
+    """Some columns of ``x · dequant(W)ᵀ``, in ``x.dtype``."""
+    weight = dequantize_int8(codes[:, columns], scales, x.dtype)
+    with _no_autocast(x):
+        return x[:, columns] @ weight.t()
+
+
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Exact ``x · weightᵀ`` of int8 matrices, int32 ``[M, N]``.
 
     Float32 holds sums of up to 1,040 such products without rounding, so K is taken in pieces.
@@ -207,13 +218,49 @@ def _int8_product(x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 
+def count_nonfinite(x: Tensor) -> tuple[int, int]:
+    """``(first flat index, count)`` of NaN and Inf; the index is past the end when there is none.
+
+    A sum is NaN or Inf whenever an element is; it costs one pass and no mask. In pieces, because a
+    mapped tensor must not be copied as a whole.
+    """
+    flat = x.reshape(-1)
+    size = _CHUNK if flat.device.type == "cpu" else max(flat.numel(), 1)
+    first, count = flat.numel(), 0
+    for start in range(0, flat.numel(), size):
+        part = flat[start : start + size]
+        if torch.isfinite(part.sum()):
+            continue
+        bad = torch.nonzero(~torch.isfinite(part))
+        if bad.numel():
+            first = min(first, start + int(bad[0]))
+            count += bad.numel()
+    return first, count
+
+
 @default_kernel("dropout_mask")
 def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
-    """Zero with probability ``dropout``, else ``1 / (1 - dropout)``; contiguous, like ``x``."""
-    generator = torch.Generator(device=x.device)
-    generator.manual_seed(int(seed.item()))
-    mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+    """Zero with probability ``dropout``, else ``1 / (1 - dropout)``; contiguous, like ``x``.
+
+    Element i is decided by 32 bits mixed from i and the 64 bits of ``seed``, so that the mask is
+    the same on every device and for any way of computing it.
+    """
+    number = int(seed.item())
+    low, high = number & _WORD, (number >> 32) & _WORD
+    keep = torch.empty(x.numel(), dtype=torch.bool, device=x.device)
+    for start in range(0, x.numel(), _CHUNK):
+        index = torch.arange(start, min(start + _CHUNK, x.numel()), device=x.device)
+        bits = ((index & _WORD) * 0x9E3779B1 + low) & _WORD
+        bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _WORD
+        bits = (bits ^ (bits >> 13)) + high + (index >> 32) * 0x27D4EB2F
+        bits = ((bits & _WORD) * 0xC2B2AE35) & _WORD
+        torch.ge(bits ^ (bits >> 16), dropout_threshold(dropout), out=keep[start : start + _CHUNK])
+    return keep.view(x.shape).to(x.dtype).div_(1.0 - dropout)
+
+
+def dropout_threshold(dropout: float) -> int:
+    """An element is kept when its 32 random bits reach this number."""
+    return min(round(dropout * 2**32), _WORD)
 
 
 @default_kernel("linear_4bit")

@@ -19,6 +19,7 @@ from torch import Tensor
 from fourbit import device as devices
 from fourbit.data import Batch, BatchPlan, Dataset, collate
 from fourbit.errors import NumericStop
+from fourbit.fused import paths
 from fourbit.optim import lr_factors
 from fourbit.receipt import Watch
 from fourbit.training.config import TrainConfig
@@ -109,7 +110,11 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step as it is written to ``metrics.jsonl``; ``updated`` is False for a skipped update."""
+    """One step as it is written to ``metrics.jsonl``.
+
+    ``updated`` is False for a skipped update; ``paths`` counts the decoder layers by how their last
+    forward was computed (`fourbit.fused.paths`).
+    """
 
     step: int
     epoch: float
@@ -122,6 +127,7 @@ class StepResult:
     seconds: float
     memory_bytes: int | None
     updated: bool
+    paths: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
         """One line of metrics."""
@@ -200,6 +206,7 @@ class TrainLoop:
             seconds=round(seconds, 4),
             memory_bytes=devices.peak_memory(self.objective.device),
             updated=updated,
+            paths=paths(self.objective.model),
         )
 
     def _collate(self, dataset: Dataset, micro: Any) -> Batch:

@@ -159,6 +159,7 @@ class _Run:
         self.config, self.origins, self.say = config, origins, reporter
         self.save_failures = 0
         self.peak: int | None = None
+        self.told_paths: dict[str, int] = {}
 
     def open(self, folder: RunDir) -> None:
         """Takes the run directory."""
@@ -514,6 +515,7 @@ class _Run:
         ):
             self._catch_up()
             for result in loop.steps() if not self._patience_is_over() else ():
+                self._tell_paths(result.paths)
                 advance(
                     result.step,
                     f"loss {result.loss:.4f}  {result.tokens_per_second:.0f} tok/s",
@@ -524,6 +526,13 @@ class _Run:
         self.peak = devices.peak_memory(self.objective.device)
         self.watch.stop()
         self.save()
+
+    def _tell_paths(self, paths: dict[str, int]) -> None:
+        """Once, and again whenever it changes: how the layers are computed."""
+        if paths != self.told_paths:
+            self.told_paths = paths
+            counted = ", ".join(f"{count} {path}" for path, count in sorted(paths.items()))
+            self.say.line(f"decoder layers: {counted}")
 
     def _catch_up(self) -> None:
         """The evaluation that a signal broke off before the checkpoint we resumed from."""

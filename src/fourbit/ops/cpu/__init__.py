@@ -4,4 +4,7 @@ One module a family of ops. A kernel takes what its native function was made for
 rest (another dtype, an odd layout) to the plain PyTorch one.
 """
 
-from fourbit.ops.cpu import norm as norm
+from fourbit.ops.cpu import attention as attention
+from fourbit.ops.cpu import dropout as dropout
+from fourbit.ops.cpu import loss as loss
+from fourbit.ops.cpu import quantize as quantize

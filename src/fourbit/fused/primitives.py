@@ -1,0 +1,190 @@
+"""Norms, rotation, activations and dropout into given buffers, forward and backward.
+
+Each is one pass of a native kernel on a CPU; the plain PyTorch form beside it is the truth, and
+serves where there is no library. All take float32 or bfloat16; statistics are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fourbit import native, ops
+from fourbit.fused.parts import Norm
+
+_KINDS = {"silu": 0, "gelu_tanh": 1}
+
+
+def _native(x: Tensor) -> bool:
+    # a plan runs the blocks on tensors without memory
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and native.isa() is not None
+
+
+def _call(name: str, arguments: str, x: Tensor, *values: object) -> None:
+    code = (native.DTYPES[x.dtype], torch.get_num_threads())
+    native.kernel(name, arguments + "ii")(*values, *code)
+
+
+def statistics_like(x: Tensor, norm: Norm, *, groups: int = 1) -> Tensor:
+    """An empty buffer for what the backward pass of ``norm`` needs."""
+    columns = groups if norm.bias is None else 2
+    return torch.empty(x.shape[0], columns, dtype=torch.float32, device=x.device)
+
+
+def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: int = 1) -> None:
+    """Writes the norm of ``x`` into ``y``.
+
+    Args:
+        x: ``[M, groups * D]``, rows contiguous inside.
+        norm: over ``D``; a layer norm has one group.
+        y: same shape; may be a view with another row stride.
+        statistics: ``[M, groups]`` (1/rms) or ``[M, 2]`` (mean, 1/deviation), written.
+        groups: independent norms in a row.
+    """
+    width = x.shape[1] // groups
+    if norm.bias is not None:
+        if _native(x):
+            pointers = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), y.data_ptr())
+            sizes = (statistics.data_ptr(), x.shape[0], width, norm.eps)
+            _call("layer_norm", "pppppllf", x, *pointers, *sizes)
+            return
+        wide = x.float()
+        mean = wide.mean(1, keepdim=True)
+        rstd = torch.rsqrt((wide - mean).square().mean(1, keepdim=True) + norm.eps)
+        statistics.copy_(torch.cat((mean, rstd), 1))
+        y.copy_((wide - mean) * rstd * norm.weight.float() + norm.bias.float())
+        return
+    if _native(x):
+        pointers = (x.data_ptr(), norm.weight.data_ptr(), y.data_ptr(), statistics.data_ptr())
+        sizes = (x.shape[0], groups, width, x.stride(0), y.stride(0), norm.eps, norm.offset)
+        _call("rms_norm", "pppplllllff", x, *pointers, *sizes)
+        return
+    wide = x.float().reshape(-1, groups, width)
+    rstd = torch.rsqrt(wide.square().mean(2, keepdim=True) + norm.eps)
+    statistics.copy_(rstd[..., 0])
+    y.copy_((wide * rstd * (norm.weight.float() + norm.offset)).reshape(x.shape))
+
+
+def normalize_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm: Norm,
+    statistics: Tensor,
+    dx: Tensor,
+    *,
+    added: Tensor | None = None,
+    groups: int = 1,
+) -> None:
+    """Writes the gradient with respect to ``x`` into ``dx``, plus ``added``.
+
+    Args:
+        grad: with respect to the norm's result, laid out as ``dx``, which may be the same memory.
+        x: the norm's input.
+        norm: as in `normalize`.
+        statistics: as written there.
+        dx: ``[M, groups * D]``.
+        added: laid out as ``dx``.
+        groups: as in `normalize`.
+    """
+    width = x.shape[1] // groups
+    extra = None if added is None else added.data_ptr()
+    if norm.bias is not None:
+        if _native(x):
+            pointers = (grad.data_ptr(), x.data_ptr(), norm.weight.data_ptr())
+            rest = (statistics.data_ptr(), extra, dx.data_ptr(), x.shape[0], width)
+            _call("layer_norm_backward", "ppppppll", x, *pointers, *rest)
+            return
+        rstd = statistics[:, 1:]
+        xhat = (x.float() - statistics[:, :1]) * rstd
+        scaled = grad.float() * norm.weight.float()
+        mean, dot = scaled.mean(1, keepdim=True), (scaled * xhat).mean(1, keepdim=True)
+        result = rstd * (scaled - mean - xhat * dot)
+    else:
+        if _native(x):
+            pointers = (grad.data_ptr(), x.data_ptr(), norm.weight.data_ptr())
+            rest = (statistics.data_ptr(), extra, dx.data_ptr(), x.shape[0], groups, width)
+            strides = (x.stride(0), dx.stride(0), norm.offset)
+            _call("rms_norm_backward", "pppppplllllf", x, *pointers, *rest, *strides)
+            return
+        rstd = statistics[..., None]
+        xhat = x.float().reshape(-1, groups, width) * rstd
+        scaled = grad.float().reshape(-1, groups, width) * (norm.weight.float() + norm.offset)
+        dot = (scaled * xhat).mean(2, keepdim=True)
+        result = (rstd * (scaled - xhat * dot)).reshape(x.shape)
+    dx.copy_(result if added is None else result + added.float())
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = False) -> None:
+    """Turns the first columns of each head by its row's position, in place.
+
+    Args:
+        x: ``[M, heads * D]``, a view with any row stride.
+        cos: ``[P, rotary]`` in the dtype of ``x``; row m takes row ``m % P``.
+        sin: likewise.
+        heads: number of heads in a row.
+        back: turn a gradient back instead.
+    """
+    head_dim, rotary = x.shape[1] // heads, cos.shape[1]
+    if _native(x):
+        sizes = (x.shape[0], heads, head_dim, rotary, x.stride(0), cos.shape[0], int(back))
+        _call("rotate", "ppplllllli", x, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes)
+        return
+    half = rotary // 2
+    view = x.view(-1, cos.shape[0], heads, head_dim)
+    low, high = (part.float().clone() for part in view[..., :rotary].split(half, -1))
+    c, s = cos.float()[:, None], sin.float()[:, None]
+    (c1, c2), (s1, s2) = c.split(half, -1), s.split(half, -1)
+    if back:
+        view[..., :half] = low * c1 + high * s2
+        view[..., half:rotary] = high * c2 - low * s1
+    else:
+        view[..., :half] = low * c1 - high * s1
+        view[..., half:rotary] = high * c2 + low * s2
+
+
+def activate(x: Tensor, h: Tensor, *, kind: str, gated: bool) -> None:
+    """Writes ``act(a) * b`` (gated: a row of ``x`` is a, then b) or ``act(x)`` into ``h``."""
+    if _native(x):
+        sizes = (h.shape[0], h.shape[1], _KINDS[kind], int(gated))
+        _call("activate", "ppllii", x, x.data_ptr(), h.data_ptr(), *sizes)
+        return
+    a = x[:, : h.shape[1]].float()
+    value = _activation(a, kind)
+    h.copy_(value * x[:, h.shape[1] :].float() if gated else value)
+
+
+def activate_backward(x: Tensor, grad: Tensor, dx: Tensor, *, kind: str, gated: bool) -> None:
+    """Writes the gradient with respect to ``x`` into ``dx``, given that of the result."""
+    width = grad.shape[1]
+    if _native(x):
+        sizes = (grad.shape[0], width, _KINDS[kind], int(gated))
+        pointers = (x.data_ptr(), grad.data_ptr(), dx.data_ptr())
+        _call("activate_backward", "pppllii", x, *pointers, *sizes)
+        return
+    with torch.enable_grad():
+        wide = x.float().detach().requires_grad_()
+        value = _activation(wide[:, :width], kind)
+        value = value * wide[:, width:] if gated else value
+        (result,) = torch.autograd.grad(value, wide, grad.float())
+    dx.copy_(result)
+
+
+def _activation(x: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return torch.nn.functional.silu(x)
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def drop(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool = False) -> None:
+    """Writes ``x * mask / (1 - dropout)`` into ``out``, or adds it there; both contiguous.
+
+    The mask is that of `ops.dropout_mask`.
+    """
+    if _native(x):
+        scale = float(torch.ones((), dtype=x.dtype).div_(1.0 - dropout))
+        values = (x.numel(), seed, ops.dropout_threshold(dropout), scale, int(add))
+        _call("dropout", "pplllfi", x, x.data_ptr(), out.data_ptr(), *values)
+        return
+    mask = ops.reference.dropout_mask(x, torch.tensor([seed]), dropout)
+    out.copy_(out + x * mask if add else x * mask)

@@ -1,0 +1,41 @@
+"""The head's loss on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourbit import native
+from fourbit.ops import loss as plain
+from fourbit.ops.cpu.registry import cpu_kernel, pointer, threads
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cpu_kernel("cross_entropy_rows_")
+def cross_entropy_rows_(
+    logits: Tensor, labels: Tensor, scale: float, softcap: float | None, gradient: bool
+) -> Tensor:
+    """As `fourbit.ops.loss.cross_entropy_rows_`, in three passes over each row."""
+    rows, vocab = logits.shape
+    if logits.dtype not in _DTYPES or not logits.is_contiguous() or softcap == 0.0:
+        return plain.cross_entropy_rows_(logits, labels, scale, softcap, gradient)
+    labels = labels.to(torch.int64).contiguous()
+    if rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:
+        raise IndexError(f"a label is not in [0, {vocab})")
+    losses = torch.empty(rows, dtype=torch.float32)
+    workers = max(1, min(threads(), rows))
+    powers = torch.empty(workers, vocab, dtype=torch.float32) if gradient else None
+    native.kernel("cross_entropy_rows", "ppppllffii")(
+        pointer(logits),
+        pointer(labels),
+        pointer(losses),
+        pointer(powers),
+        rows,
+        vocab,
+        scale,
+        softcap or 0.0,
+        native.DTYPES[logits.dtype],
+        workers,
+    )
+    return losses

@@ -1,1 +1,0 @@
-"""Normalization on the CPU."""
