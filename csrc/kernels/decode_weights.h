@@ -215,31 +215,25 @@ class PackedRows {
     return table_;
   }
 
+  // Row after row, in the order of memory: four streams at once are too many for the hardware to
+  // fetch ahead, and what that costs is more than loading the activations again.
 #if defined(__AVX512BF16__)
   template <int R>
   void run(const uint8_t* codes, const bf16* x, const float* scale, Lanes* acc) const {
     __m512i table = _mm512_broadcast_i64x4(
         reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_loadu_ps(m_.values))));
-    __m512 sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = acc[r].v;
-    for (int64_t c = 0; c < chunks_; ++c) {
-      __m512bh even = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + c * 64));
-      __m512bh odd = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + c * 64 + 32));
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* p = codes + (r * chunks_ + c) * 32;
-        __m512i bytes =
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        __m512 sum = _mm512_dpbf16_ps(
-            _mm512_setzero_ps(),
-            reinterpret_cast<__m512bh>(
-                _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table)),
-            even);
-        sum = _mm512_dpbf16_ps(
-            sum, reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(bytes, table)), odd);
-        sums[r] = _mm512_fmadd_ps(sum, _mm512_set1_ps(scale[r * chunks_ + c]), sums[r]);
-      }
-    }
-    for (int r = 0; r < R; ++r) acc[r].v = sums[r];
+    rows<R>(codes, scale, acc, [&](const uint8_t* p, int64_t c) {
+      __m512i bytes =
+          _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      __m512i even = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+      __m512i odd = _mm512_permutexvar_epi16(bytes, table);
+      __m512 sum = _mm512_dpbf16_ps(
+          _mm512_setzero_ps(), reinterpret_cast<__m512bh>(even),
+          reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + c * 64)));
+      return _mm512_dpbf16_ps(
+          sum, reinterpret_cast<__m512bh>(odd),
+          reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + c * 64 + 32)));
+    });
   }
 #elif defined(__AVX2__)
   template <int R>
@@ -249,24 +243,39 @@ class PackedRows {
 #if defined(__AVX512F__)
   template <int R>
   void run(const uint8_t* codes, const float* x, const float* scale, Lanes* acc) const {
-    __m512 table = _mm512_loadu_ps(m_.values), sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = acc[r].v;
-    for (int64_t c = 0; c < chunks_; ++c) {
+    __m512 table = _mm512_loadu_ps(m_.values);
+    rows<R>(codes, scale, acc, [&](const uint8_t* p, int64_t c) {
       const float* at = x + c * 64;
-      __m512 x0 = _mm512_loadu_ps(at), x1 = _mm512_loadu_ps(at + 16);
-      __m512 x2 = _mm512_loadu_ps(at + 32), x3 = _mm512_loadu_ps(at + 48);
-      for (int r = 0; r < R; ++r) {
-        const uint8_t* p = codes + (r * chunks_ + c) * 32;
-        __m512i a = low_bytes(p), b = low_bytes(p + 16);
-        __m512 sum = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(a, 4), table), x0);
-        __m512 more = _mm512_mul_ps(_mm512_permutexvar_ps(a, table), x1);
-        sum = _mm512_fmadd_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table), x2, sum);
-        more = _mm512_fmadd_ps(_mm512_permutexvar_ps(b, table), x3, more);
-        sums[r] =
-            _mm512_fmadd_ps(_mm512_add_ps(sum, more), _mm512_set1_ps(scale[r * chunks_ + c]), sums[r]);
+      __m512i a = low_bytes(p), b = low_bytes(p + 16);
+      __m512 w0 = _mm512_permutexvar_ps(_mm512_srli_epi32(a, 4), table);
+      __m512 w1 = _mm512_permutexvar_ps(a, table);
+      __m512 w2 = _mm512_permutexvar_ps(_mm512_srli_epi32(b, 4), table);
+      __m512 w3 = _mm512_permutexvar_ps(b, table);
+      __m512 sum = _mm512_mul_ps(w0, _mm512_loadu_ps(at));
+      __m512 more = _mm512_mul_ps(w1, _mm512_loadu_ps(at + 16));
+      sum = _mm512_fmadd_ps(w2, _mm512_loadu_ps(at + 32), sum);
+      more = _mm512_fmadd_ps(w3, _mm512_loadu_ps(at + 48), more);
+      return _mm512_add_ps(sum, more);
+    });
+  }
+
+  // acc[r] += scale of chunk c * dot(its bytes, c), the chunks of a row in two sums.
+  template <int R, class Dot>
+  void rows(const uint8_t* codes, const float* scale, Lanes* acc, const Dot& dot) const {
+    constexpr int64_t kAhead = 4096;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t* p = codes + r * chunks_ * 32;
+      const float* own = scale + r * chunks_;
+      __m512 first = acc[r].v, second = _mm512_setzero_ps();
+      int64_t c = 0;
+      for (; c + 2 <= chunks_; c += 2, p += 64) {
+        _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
+        first = _mm512_fmadd_ps(dot(p, c), _mm512_set1_ps(own[c]), first);
+        second = _mm512_fmadd_ps(dot(p + 32, c + 1), _mm512_set1_ps(own[c + 1]), second);
       }
+      if (c < chunks_) first = _mm512_fmadd_ps(dot(p, c), _mm512_set1_ps(own[c]), first);
+      acc[r].v = _mm512_add_ps(first, second);
     }
-    for (int r = 0; r < R; ++r) acc[r].v = sums[r];
   }
 #elif defined(__AVX2__)
   template <int R>
@@ -276,6 +285,7 @@ class PackedRows {
       __m256 total = acc[r].v;
       for (int64_t c = 0; c < chunks_; ++c) {
         const uint8_t* p = codes + (r * chunks_ + c) * 32;
+        _mm_prefetch(reinterpret_cast<const char*>(p + 4096), _MM_HINT_T0);
         __m256 w[4], sum = _mm256_setzero_ps(), more = sum;
         for (int h = 0; h < 2; ++h) {
           const float* at = x + c * 64 + h * 32;
