@@ -40,7 +40,9 @@ class HeadSketch:
         rows, columns = weight.shape
         self.of = _identity(weight)
         self.codes = torch.zeros(rows, -(-columns // 64) * 64, dtype=torch.int8)
-        self.scales, self.errors, self.sizes = (torch.empty(rows) for _ in range(3))
+        self.scales, self.errors, self.sizes = (
+            torch.empty(rows, dtype=torch.float32, device="cpu") for _ in range(3)
+        )
         for start in range(0, rows, 4096):
             part = slice(start, start + 4096)
             exact = weight[part].float()
@@ -264,7 +266,8 @@ class Decoder:
         ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
-        states = torch.empty(len(prompts), int(self._layout.model.width))
+        shape = (len(prompts), int(self._layout.model.width))
+        states = torch.empty(shape, dtype=torch.float32, device="cpu")
         width = max(64, _PREFILL_TOKENS // len(prompts))
         for start in range(shared, ids.shape[1], width):
             part = ids[:, start : start + width]
@@ -339,7 +342,8 @@ class Decoder:
         self._measure(model, rows, longest, threads, ctypes.addressof(bytes_))
         self._workspace = torch.empty(bytes_.value, dtype=torch.uint8)
         self._workspace_of = (rows, longest, threads)
-        self._logits = torch.empty(rows, self.vocabulary)
+        shape = (rows, self.vocabulary)
+        self._logits = torch.empty(shape, dtype=torch.float32, device="cpu")
         self._best = torch.empty(rows, dtype=torch.long)
 
 

@@ -27,7 +27,8 @@ def run_forward(
     out: Tensor,
 ) -> Tensor:
     """Writes ``out`` and returns the logarithms of sums; see `fourbit.ops.attention`."""
-    lse = torch.empty(q.shape[0], q.shape[2], q.shape[1])
+    # named, because the defaults may be meta and bf16 while a model is being made
+    lse = torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return lse
     layout = _layout(q, k, v, (q, k, v, out))
@@ -88,7 +89,7 @@ def _scratch(layout: ctypes.Array, dtype: torch.dtype, *, backward: bool) -> Ten
         native.DTYPES[dtype],
         threads(),
     )
-    return torch.empty(size.value)
+    return torch.empty(size.value, dtype=torch.float32, device="cpu")
 
 
 def fits(*tensors: Tensor) -> bool:
