@@ -95,13 +95,13 @@ def copied(source, tmp_path):
     ("name", "quant", "storage"),
     [
         ("llama", NESTED, "uint8"),
-        ("llama", FLAT, "bfloat16"),
+        pytest.param("llama", FLAT, "bfloat16", marks=pytest.mark.slow),
         ("llama", INT8, "uint8"),
         ("gpt2", NESTED, "uint8"),
-        ("gpt2", INT8, "uint8"),
+        pytest.param("gpt2", INT8, "uint8", marks=pytest.mark.slow),
         ("qwen2", NESTED, "float32"),
-        ("qwen3", FLAT, "uint8"),
-        ("gpt_neox", NESTED, "uint8"),
+        pytest.param("qwen3", FLAT, "uint8", marks=pytest.mark.slow),
+        pytest.param("gpt_neox", NESTED, "uint8", marks=pytest.mark.slow),
         ("opt", NESTED, "uint8"),
     ],
 )

@@ -84,7 +84,10 @@ def test_twenty_random_sigkills(undisturbed, tmp_path, seed):
     check_kills(undisturbed, tmp_path, kills=4, seed=100 + seed)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_signals_save_and_exit_with_their_code(undisturbed, tmp_path, number, code):
     source, digest, _ = undisturbed
     config = copy_config(source, tmp_path)
@@ -119,6 +122,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(undisturbed, tmp_path):
     assert adapter_digest(tmp_path / "run") == digest
 
 
+@pytest.mark.slow  # the same refusal as changed data, by another key
 def test_resume_with_other_settings_is_refused(undisturbed):
     config, _, _ = undisturbed
     done = fourbit("train", config, "--resume", "auto", "--lora.r", "8")
