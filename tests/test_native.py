@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -199,3 +200,15 @@ def test_there_is_one_openmp_whichever_library_comes_first(first):
     assert len(found) == 1, found
     if first == "torch":
         assert Path(found[0]).is_relative_to(Path(torch.__file__).parent)
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no disassembler")
+def test_no_kernel_touches_the_mmx_registers():
+    # They are x87's: code that leaves them in use makes the next x87 code of the process give NaN.
+    path = native.library_path()
+    if not path.is_file():
+        pytest.skip("no compiled kernels")
+    listing = subprocess.run(
+        ["objdump", "-d", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    assert not re.search(r"%mm[0-7]\b", listing)
