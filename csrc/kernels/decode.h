@@ -327,13 +327,13 @@ class Worker {
       const float* other = gate + middle;
       if (!layer.gated) {
 #pragma omp simd
-        for (int64_t j = begin; j < end; ++j) gate[j] = activate(gate[j], layer.activation);
+        for (int64_t j = begin; j < end; ++j) gate[j] = activated(gate[j], layer.activation);
       } else if (layer.activation == kSilu) {
 #pragma omp simd
-        for (int64_t j = begin; j < end; ++j) gate[j] = activate(gate[j], kSilu) * other[j];
+        for (int64_t j = begin; j < end; ++j) gate[j] = activated(gate[j], kSilu) * other[j];
       } else {
 #pragma omp simd
-        for (int64_t j = begin; j < end; ++j) gate[j] = activate(gate[j], kGeluTanh) * other[j];
+        for (int64_t j = begin; j < end; ++j) gate[j] = activated(gate[j], kGeluTanh) * other[j];
       }
     }
   }

@@ -4,12 +4,8 @@
 namespace FB_NAMESPACE {
 namespace decode {
 
-static inline float tanh_fast(float x) { return 1.0f - 2.0f / (exp_fast(2.0f * x) + 1.0f); }
-
-static inline float activate(float x, int64_t activation) {
-  if (activation == kSilu) return x / (1.0f + exp_fast(-x));
-  float cube = 0.7978845608f * (x + 0.044715f * x * x * x);
-  return 0.5f * x * (1.0f + tanh_fast(cube));
+static inline float activated(float x, int64_t activation) {
+  return x * (activation == kSilu ? gate_of<kSilu>(x) : gate_of<kGeluTanh>(x));
 }
 
 // y = x / rms(x) * weight, or a layer norm.

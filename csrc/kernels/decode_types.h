@@ -5,7 +5,6 @@ namespace FB_NAMESPACE {
 namespace decode {
 
 enum Format : int64_t { kPlain = 0, kTransposed = 1, kFourBit = 2, kEightBit = 3 };
-enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
 
 // One projection, W [rows, columns]. Weights and scales are the model's own storage.
 struct Matrix {

@@ -3,59 +3,6 @@
 
 namespace FB_NAMESPACE {
 
-// exp(x) for x <= 0 within 2 ulp: half the work of exp_fast. 0 below -87.3, NaN stays NaN.
-static inline float exp_below_one(float x) {
-  float clamped = x < -87.33654f ? -87.33654f : x;
-  // adding 1.5 * 2^23 leaves the nearest whole number in the lowest bits
-  float shifted = fused(clamped, 1.44269504f, 12582912.0f);
-  float n = shifted - 12582912.0f;
-  float r = fused(n, -0.693145752f, clamped);
-  r = fused(n, -1.42860677e-6f, r);
-  float p = 1.98756900e-4f;
-  p = fused(p, r, 1.39819994e-3f);
-  p = fused(p, r, 8.33345205e-3f);
-  p = fused(p, r, 4.16657962e-2f);
-  p = fused(p, r, 1.66666657e-1f);
-  p = fused(p, r, 5.00000000e-1f);
-  p = fused(p, r * r, r) + 1.0f;
-  uint32_t bits, power;
-  std::memcpy(&bits, &p, 4);
-  std::memcpy(&power, &shifted, 4);
-  bits += power << 23;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return x < -87.33654f ? 0.0f : result;
-}
-
-// tanh(x) within 4 ulp; NaN stays NaN.
-static inline float tanh_fast(float x) {
-  float size = std::fabs(x), square = x * x;
-  float p = -5.70498733e-3f;
-  p = fused(p, square, 2.06390880e-2f);
-  p = fused(p, square, -5.37397154e-2f);
-  p = fused(p, square, 1.33314416e-1f);
-  p = fused(p, square, -3.33332807e-1f);
-  float small = fused(x * square, p, x);
-  float power = exp_below_one(-2.0f * size);
-  float large = std::copysign((1.0f - power) / (1.0f + power), x);
-  return size < 0.625f ? small : large;
-}
-
-template <class T>
-static inline T round_finite(float value);
-
-template <>
-inline float round_finite<float>(float value) {
-  return value;
-}
-
-template <>
-inline bf16 round_finite<bf16>(float value) {
-  uint32_t wide;
-  std::memcpy(&wide, &value, 4);
-  return bf16{static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16)};
-}
-
 // What the model does to the product with its head: scale, then softcap if there is one.
 template <bool kCapped>
 static inline float logit_of(float raw, float scale, float softcap) {

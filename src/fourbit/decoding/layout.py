@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fourbit import codebook, native
 from fourbit.integrations import anatomy
-from fourbit.integrations.peft import LoraLinear4bit
+from fourbit.integrations.peft import LoraLinear4bit, plain_adapter
 from fourbit.linear import Linear4bit, Linear8bit, QuantizedLinear
 
 _PLAIN, _TRANSPOSED, _FOUR_BIT, _EIGHT_BIT = range(4)
@@ -320,16 +320,11 @@ class _Builder:
             return base, None
         if len(active) > 1:
             raise UnknownModel("more than one adapter is active")
-        key = active[0]
-        starts = getattr(layer, "lora_start_A", {})
-        if key in layer.lora_variant and key not in starts or layer.lora_bias[key]:
+        parts = plain_adapter(layer)
+        if parts is None:
             raise UnknownModel(f"{name} carries another kind of LoRA")
-        A: Any = layer.lora_A[key].weight
-        B: Any = layer.lora_B[key].weight
-        if key in starts:
-            A = torch.cat([A, starts[key].to(A.dtype)])
-            B = torch.cat([B, -layer.lora_start_B[key].to(B.dtype)], dim=1)  # type: ignore[operator]
-        return base, (A.detach(), B.detach(), float(layer.scaling[key]))
+        A, B, scaling, _ = parts
+        return base, (A.detach(), B.detach(), float(scaling))
 
     def add_adapter(self, found: Any, adapter: tuple[Tensor, Tensor, float]) -> None:
         A, B, scaling = adapter

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import native, ops
 from fourbit.fused.parts import Norm
+from fourbit.ops.cpu.dropout import run_dropout
 
 _KINDS = {"silu": 0, "gelu_tanh": 1}
 
@@ -182,9 +183,7 @@ def drop(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool = False
     The mask is that of `ops.dropout_mask`.
     """
     if _native(x):
-        scale = float(torch.ones((), dtype=x.dtype).div_(1.0 - dropout))
-        values = (x.numel(), seed, ops.dropout_threshold(dropout), scale, int(add))
-        _call("dropout", "pplllfi", x, x.data_ptr(), out.data_ptr(), *values)
+        run_dropout(x, out, seed=seed, dropout=dropout, add=add)
         return
     mask = ops.reference.dropout_mask(x, torch.tensor([seed]), dropout)
     out.copy_(out + x * mask if add else x * mask)

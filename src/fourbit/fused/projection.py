@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Group:
         """Columns of the joint result."""
         return sum(p.shape[0] for p in self.projections)
 
-    @property
+    @cached_property
     def adapted(self) -> list[tuple[int, Projection, slice, int]]:
         """``(place among the adapters, projection, its columns, its seed)`` of those with one."""
         found, start = [], 0
@@ -110,7 +111,7 @@ class Group:
             for index, projection, _, seed in self.adapted
         ]
 
-    @property
+    @cached_property
     def _dropping(self) -> bool:
         return any(p.dropout > 0 for _, p, _, _ in self.adapted)
 

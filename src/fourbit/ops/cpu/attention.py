@@ -11,9 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import native
 from fourbit.ops import attention_schema as plain
-from fourbit.ops.cpu.registry import cpu_kernel, pointer, threads
-
-_DTYPES = (torch.float32, torch.bfloat16)
+from fourbit.ops.cpu.registry import NARROW_OR_WIDE, cpu_kernel, pointer, threads
 
 
 def run_forward(
@@ -96,7 +94,7 @@ def fits(*tensors: Tensor) -> bool:
     """Whether the kernels were made for q, k, v (and more tensors, of their dtype)."""
     q, k = tensors[:2]
     return (
-        q.dtype in _DTYPES
+        q.dtype in NARROW_OR_WIDE
         and q.shape[1] == k.shape[1]
         and not isinstance(q, FakeTensor)
         and all(t.dtype == q.dtype and t.device.type == "cpu" for t in tensors)

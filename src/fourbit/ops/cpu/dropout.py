@@ -7,26 +7,31 @@ from torch import Tensor
 
 from fourbit import native
 from fourbit.ops import reference
-from fourbit.ops.cpu.registry import cpu_kernel, threads
+from fourbit.ops.cpu.registry import NARROW_OR_WIDE, cpu_kernel, threads
+
+
+def run_dropout(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool) -> None:
+    """Writes ``x * mask`` into ``out``, or adds it there; contiguous, float32 or bfloat16."""
+    # rounded as the mask's own values are
+    scale = float(torch.ones((), dtype=x.dtype, device="cpu").div_(1.0 - dropout))
+    native.kernel("dropout", "pplllfiii")(
+        x.data_ptr(),
+        out.data_ptr(),
+        x.numel(),
+        seed,
+        reference.dropout_threshold(dropout),
+        scale,
+        int(add),
+        native.DTYPES[x.dtype],
+        threads(),
+    )
 
 
 @cpu_kernel("dropout_mask")
 def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     """As `reference.dropout_mask`, for float32 and bfloat16."""
-    if native.isa() is None or x.dtype not in (torch.float32, torch.bfloat16):
+    if native.isa() is None or x.dtype not in NARROW_OR_WIDE:
         return reference.dropout_mask(x, seed, dropout)
-    mask = torch.ones(x.shape, dtype=x.dtype)
-    scale = float(torch.ones((), dtype=x.dtype).div_(1.0 - dropout))
-    limit = reference.dropout_threshold(dropout)
-    native.kernel("dropout", "pplllfiii")(
-        mask.data_ptr(),
-        mask.data_ptr(),
-        x.numel(),
-        int(seed.item()),
-        limit,
-        scale,
-        0,
-        native.DTYPES[x.dtype],
-        threads(),
-    )
+    mask = torch.ones(x.shape, dtype=x.dtype, device="cpu")
+    run_dropout(mask, mask, seed=int(seed.item()), dropout=dropout, add=False)
     return mask

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from fourbit import native
 from fourbit.ops import loss as plain
-from fourbit.ops.cpu.registry import cpu_kernel, pointer, threads
-
-_DTYPES = (torch.float32, torch.bfloat16)
+from fourbit.ops.cpu.registry import NARROW_OR_WIDE, cpu_kernel, pointer, threads
 
 
 @cpu_kernel("cross_entropy_rows_")
@@ -18,7 +16,7 @@ def cross_entropy_rows_(
 ) -> Tensor:
     """As `fourbit.ops.loss.cross_entropy_rows_`, in three passes over each row."""
     rows, vocab = logits.shape
-    if logits.dtype not in _DTYPES or not logits.is_contiguous() or softcap == 0.0:
+    if logits.dtype not in NARROW_OR_WIDE or not logits.is_contiguous() or softcap == 0.0:
         return plain.cross_entropy_rows_(logits, labels, scale, softcap, gradient)
     labels = labels.to(torch.int64).contiguous()
     if rows and not 0 <= int(labels.min()) <= int(labels.max()) < vocab:

@@ -11,6 +11,9 @@ from torch import Tensor
 from fourbit import native
 from fourbit.ops.schema import LIBRARY
 
+NARROW_OR_WIDE = (torch.float32, torch.bfloat16)
+"""Dtypes of activations that kernels of csrc/ take (its `by_type`)."""
+
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 
