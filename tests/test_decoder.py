@@ -204,12 +204,9 @@ def test_the_sketch_of_the_head_finds_the_same_tokens(isa, dtype):
             torch.set_num_threads(threads)
             for _ in range(60):
                 states = 3 * torch.randn(1, 48) + 2 * head[[499]].float()
-                row = torch.tensor([0])
-                scores, best = decoder._call(rows=row, states=states)
-                expected = int(best[0])
-                assert expected == int(scores[0].argmax())
-                decoder._call(rows=row, states=states, greedy=True)
-                assert int(decoder._best[0]) == expected
+                scores, best = decoder._call([0], states=states)
+                assert best == [int(scores[0].argmax())]
+                assert decoder._call([0], states=states, greedy=True)[1] == best
 
 
 def test_a_sketch_is_made_once_and_anew_when_the_head_changes():

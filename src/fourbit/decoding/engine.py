@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,13 +94,35 @@ def build_decoder(
 
 @dataclass
 class _Batch:
-    """The sequences at work; positions of all of them lie one after the other in the cache."""
+    """The sequences at work; positions of all of them lie one after the other in the cache.
 
-    starts: Tensor
-    capacities: Tensor
-    places: Tensor  # of the next token
+    Lists, because a small model's token takes no longer than some fifty calls of torch.
+    """
+
+    starts: list[int]
+    capacities: list[int]
+    places: list[int]  # of the next token
     cache: list[tuple[Tensor, Tensor]]
     tables: list[Tensor]
+
+
+class _Room:
+    """What steps of up to ``rows`` sequences read from and write to."""
+
+    def __init__(self, rows: int, vocabulary: int, workspace: int) -> None:
+        array = ctypes.c_int64 * rows
+        self.tokens, self.places, self.starts, self.capacities, self.best = (
+            array() for _ in range(5)
+        )
+        self.logits = torch.empty((rows, vocabulary), dtype=torch.float32, device="cpu")
+        self.workspace = torch.empty(workspace, dtype=torch.uint8, device="cpu")
+        self.step = Step(
+            places=ctypes.addressof(self.places),
+            starts=ctypes.addressof(self.starts),
+            capacities=ctypes.addressof(self.capacities),
+            best=ctypes.addressof(self.best),
+            workspace=self.workspace.data_ptr(),
+        )
 
 
 class Decoder:
@@ -110,8 +133,8 @@ class Decoder:
         fits = sketch is not None and layout.head is not None and sketch.fits(layout.head)
         self._sketch = sketch if fits else None
         self._batch: _Batch | None = None
-        self._workspace = torch.empty(0, dtype=torch.uint8)
-        self._workspace_of = (0, 0, 0)
+        self._room: _Room | None = None
+        self._room_of = (0, 0, 0)  # rows, longest sequence, threads
         self._step = native.kernel("decode_step", "ppli")
         self._measure = native.kernel("decode_workspace", "pllip")
 
@@ -136,10 +159,8 @@ class Decoder:
         Returns:
             Scores of each prompt's next token, float32 ``[B, V]``.
         """
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        self._begin(lengths, lengths + room)
-        states = self._read(prompts)
-        return self._call(states=states, rows=torch.arange(len(prompts)))[0]
+        self._begin([len(prompt) + room for prompt in prompts])
+        return self._call(range(len(prompts)), states=self._read(prompts))[0]
 
     def step(self, tokens: Tensor, *, rows: Tensor | None = None) -> Tensor:
         """Appends a token to rows of the batch.
@@ -151,13 +172,14 @@ class Decoder:
         Returns:
             Scores of the next token, float32 ``[A, V]``, good until the next call.
         """
-        return self._call(tokens=tokens, rows=rows)[0]
+        chosen = range(len(tokens)) if rows is None else rows.tolist()
+        return self._call(chosen, tokens=tokens.tolist())[0]
 
     def release(self) -> None:
         """Frees the cache."""
-        self._batch = None
+        self._batch = self._room = None
+        self._room_of = (0, 0, 0)
         self._layout.model.sketch = None
-        self._workspace, self._workspace_of = torch.empty(0, dtype=torch.uint8), (0, 0, 0)
 
     def generate(
         self,
@@ -180,19 +202,21 @@ class Decoder:
         found: list[list[int]] = [[] for _ in prompts]
         seen = None if choice.repetition_penalty == 1 else [list(prompt) for prompt in prompts]
         stops = frozenset(stop)
-        rows = torch.arange(len(prompts))
+        rows = list(range(len(prompts)))
         if choice.plain and len(prompts) == 1 and max_new_tokens >= _SKETCHED_TOKENS:
             self._make_sketch()
         try:
-            logits, best = self.prefill(prompts, room=max_new_tokens), self._best
+            self._begin([len(prompt) + max_new_tokens for prompt in prompts])
+            logits, tokens = self._call(rows, states=self._read(prompts))
             for count in range(max_new_tokens):
-                if choice.plain:
-                    tokens = best[: len(rows)].clone()
-                else:
-                    said = None if seen is None else [seen[row] for row in rows.tolist()]
-                    tokens = choose(logits, choice, seen=said)
-                fresh = dict(zip(rows.tolist(), tokens.tolist(), strict=True))
-                fresh = {row: token for row, token in fresh.items() if token not in stops}
+                if not choice.plain:
+                    said = None if seen is None else [seen[row] for row in rows]
+                    tokens = choose(logits, choice, seen=said).tolist()
+                fresh = {
+                    row: token
+                    for row, token in zip(rows, tokens, strict=True)
+                    if token not in stops
+                }
                 for row, token in fresh.items():
                     found[row].append(token)
                     if seen is not None:
@@ -201,11 +225,9 @@ class Decoder:
                     on_tokens(fresh)
                 if not fresh or count + 1 == max_new_tokens:
                     break
-                rows = torch.tensor(list(fresh))
-                logits, best = self._call(
-                    tokens=torch.tensor(list(fresh.values())),
-                    rows=rows,
-                    greedy=choice.plain,
+                rows = list(fresh)
+                logits, tokens = self._call(
+                    rows, tokens=list(fresh.values()), greedy=choice.plain
                 )
         finally:
             self.release()
@@ -216,18 +238,13 @@ class Decoder:
             self._sketch = HeadSketch(self._layout.head)
         if self._sketch is not None:
             self._layout.model.sketch = ctypes.addressof(self._sketch.layout)
-            self._workspace_of = (0, 0, 0)  # it takes more room
+            self._room_of = (0, 0, 0)  # it takes more room
 
-    def _begin(self, lengths: Tensor, capacities: Tensor) -> None:
+    def _begin(self, capacities: list[int]) -> None:
         layout = self._layout
-        total, longest = int(capacities.sum()), int(capacities.max())
-        batch = _Batch(
-            starts=capacities.cumsum(0) - capacities,
-            capacities=capacities,
-            places=torch.zeros_like(lengths),
-            cache=[],
-            tables=[],
-        )
+        total, longest = sum(capacities), max(capacities)
+        starts = [0, *itertools.accumulate(capacities)][:-1]
+        batch = _Batch(starts, capacities, [0] * len(capacities), cache=[], tables=[])
         tables: dict[object, tuple[Tensor, Tensor]] = {}
         for layer, module in zip(layout.layers, layout.modules, strict=True):
             width = total * layer.kv_heads * layer.head_dim
@@ -276,7 +293,7 @@ class Decoder:
                 if start < length <= start + part.shape[1]:
                     states[row] = hidden[row, length - 1 - start]
         self._keep(cache, lengths)
-        batch.places += torch.tensor(lengths)
+        batch.places = lengths
         return states
 
     def _keep(self, cache: DynamicCache, lengths: list[int]) -> None:
@@ -287,7 +304,7 @@ class Decoder:
             for target, source in zip(batch.cache[index], (held.keys, held.values), strict=True):
                 for row, length in enumerate(lengths):
                     size = layer.kv_heads * layer.head_dim
-                    start, room = int(batch.starts[row]), int(batch.capacities[row])
+                    start, room = batch.starts[row], batch.capacities[row]
                     part = target[start * size : (start + room) * size]
                     part = part.view(layer.kv_heads, room, layer.head_dim)
                     part[:, :length].copy_(source[row, :, :length])
@@ -295,56 +312,53 @@ class Decoder:
 
     def _call(
         self,
+        rows: Sequence[int],
         *,
-        rows: Tensor | None,
-        tokens: Tensor | None = None,
+        tokens: Sequence[int] | None = None,
         states: Tensor | None = None,
         greedy: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """Scores ``[A, V]`` and the likeliest token ``[A]`` after one token more, or of states.
+    ) -> tuple[Tensor, list[int]]:
+        """Scores ``[A, V]`` and the likeliest token after one token more, or of states.
 
         Greedy, a single row with a sketch gets no scores.
         """
-        batch = self._batch
+        batch, model = self._batch, self._layout.model
         assert batch is not None
-        rows = torch.arange(len(batch.starts)) if rows is None else rows
-        places = batch.places[rows]
-        starts, capacities = batch.starts[rows], batch.capacities[rows]
-        if tokens is not None:
-            assert bool((places < capacities).all())
-            tokens = tokens.contiguous()
-            batch.places[rows] += 1
-        count, longest = len(rows), int(batch.capacities.max())
-        self._make_room(count, longest)
-        sketched = greedy and count == 1 and bool(self._layout.model.sketch)
-        step = Step(
-            tokens=None if tokens is None else tokens.data_ptr(),
-            places=places.data_ptr(),
-            starts=starts.data_ptr(),
-            capacities=capacities.data_ptr(),
-            states=None if states is None else states.data_ptr(),
-            logits=None if sketched else self._logits.data_ptr(),
-            best=self._best.data_ptr(),
-            workspace=self._workspace.data_ptr(),
-            rows=count,
-        )
-        model, threads = ctypes.addressof(self._layout.model), self._workspace_of[2]
-        self._step(model, ctypes.addressof(step), longest, threads)
-        return self._logits[:count], self._best[:count]
+        count, longest = len(rows), max(batch.capacities)
+        room = self._make_room(count, longest)
+        for at, row in enumerate(rows):
+            place, capacity = batch.places[row], batch.capacities[row]
+            room.places[at], room.starts[at] = place, batch.starts[row]
+            room.capacities[at] = capacity
+            if tokens is not None:
+                assert place < capacity
+                room.tokens[at] = tokens[at]
+                batch.places[row] = place + 1
+        sketched = greedy and count == 1 and bool(model.sketch)
+        step = room.step
+        step.tokens = None if tokens is None else ctypes.addressof(room.tokens)
+        step.states = None if states is None else states.data_ptr()
+        step.logits = None if sketched else room.logits.data_ptr()
+        step.rows = count
+        self._step(ctypes.addressof(model), ctypes.addressof(step), longest, self._room_of[2])
+        return room.logits[:count], room.best[:count]
 
-    def _make_room(self, rows: int, longest: int) -> None:
-        have, room, threads = self._workspace_of
-        if rows <= have and longest <= room and threads == torch.get_num_threads():
-            return
+    def _make_room(self, rows: int, longest: int) -> _Room:
+        have, longest_yet, threads = self._room_of
+        if (
+            self._room is not None
+            and rows <= have
+            and longest <= longest_yet
+            and threads == torch.get_num_threads()
+        ):
+            return self._room
         threads = torch.get_num_threads()
         bytes_ = ctypes.c_int64()
         model = ctypes.addressof(self._layout.model)
         self._measure(model, rows, longest, threads, ctypes.addressof(bytes_))
-        self._workspace = torch.empty(bytes_.value, dtype=torch.uint8)
-        self._workspace_of = (rows, longest, threads)
-        shape = (rows, self.vocabulary)
-        self._logits = torch.empty(shape, dtype=torch.float32, device="cpu")
-        self._best = torch.empty(rows, dtype=torch.long)
+        self._room = _Room(rows, self.vocabulary, bytes_.value)
+        self._room_of = (rows, longest, threads)
+        return self._room
 
 
 def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
