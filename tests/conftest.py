@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # as many processes as cores: more threads would only wait for each other, in children too
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

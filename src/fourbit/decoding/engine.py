@@ -226,9 +226,7 @@ class Decoder:
                 if not fresh or count + 1 == max_new_tokens:
                     break
                 rows = list(fresh)
-                logits, tokens = self._call(
-                    rows, tokens=list(fresh.values()), greedy=choice.plain
-                )
+                logits, tokens = self._call(rows, tokens=list(fresh.values()), greedy=choice.plain)
         finally:
             self.release()
         return found
