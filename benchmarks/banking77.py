@@ -4,7 +4,7 @@ Scores exact match of the intent (77 labels) on `test_a` before and after, throu
 fourbit's 4-bit base, plain PEFT on the 16-bit base, and plain PEFT on the dequantized 4-bit base,
 where logits and greedy text must equal fourbit's.
 
-    python benchmarks/banking77.py --data-dir DIR [--steps 160] [--rows 1540]
+    python benchmarks/banking77.py --data-dir DIR [--steps 160] [--lr 5e-4] [--rows 1540]
 
 DIR holds banking77/train.jsonl.gz and banking77/test_a.jsonl.gz (rows {"text", "label"};
 PolyAI's banking77, CC BY 4.0). Appends one line per road to benchmarks/results/banking77.csv.
@@ -43,14 +43,14 @@ LOGITS_TOLERANCE = 1e-3  # float32 products in another order
 PROMPTS = 20
 
 
-def train(data: Path, run: Path, steps: int, seed: int) -> dict:
+def train(data: Path, run: Path, steps: int, seed: int, lr: float) -> dict:
     """`fourbit train` as a user types it."""
     command = [
         *(sys.executable, "-m", "fourbit", "train", "--json", "--resume", "auto"),
         *("--model", "smollm2", "--data", str(data / "banking77/train.jsonl.gz")),
         *("--data.prompt", PROMPT, "--data.completion", COMPLETION, "--data.system", SYSTEM),
         *("--data.max_length", "512", "--batch_size", "2", "--grad_accum", "1"),
-        *("--lr", "1e-3", "--optim.max_grad_norm", "1.0", "--lora.lora_dropout", "0"),
+        *("--lr", str(lr), "--optim.max_grad_norm", "1.0", "--lora.lora_dropout", "0"),
         *("--max_steps", str(steps), "--eval_every", "0", "--seed", str(seed), "-o", str(run)),
         *("--data.eval", "200"),
     ]
@@ -99,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--rows", type=int, default=1540, help="test rows to score")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -120,7 +121,7 @@ def main() -> None:
 
     quant = fourbit.QuantConfig()
     before, _ = score(open_generator("smollm2", quant=quant), rows, "untouched, nf4 base")
-    result = train(options.data_dir, run, options.steps, options.seed)
+    result = train(options.data_dir, run, options.steps, options.seed, options.lr)
     tuned = open_generator("smollm2", adapter=run, quant=quant)
     after, _ = score(tuned, rows, "tuned, nf4 base")
     plain, tokenizer = fourbit.load("smollm2")

@@ -209,6 +209,20 @@ def test_the_sketch_of_the_head_finds_the_same_tokens(isa, dtype):
                 assert decoder._call([0], states=states, greedy=True)[1] == best
 
 
+def test_answering_keeps_nothing_for_a_backward(monkeypatch: pytest.MonkeyPatch):
+    model = make("llama", "plain")
+    assert any(p.requires_grad for p in model.parameters())
+    read, graphs = Decoder._read, []
+    monkeypatch.setattr(
+        Decoder,
+        "_read",
+        lambda self, rows: graphs.append(torch.is_grad_enabled()) or read(self, rows),
+    )
+    decoder_of(model).generate(prompts(5, 6), max_new_tokens=2)
+    decoder_of(model).prefill(prompts(5), room=1)
+    assert graphs == [False, False]
+
+
 def test_a_sketch_is_made_once_and_anew_when_the_head_changes():
     model = make("qwen2", "plain")
     first = decoder_of(model)

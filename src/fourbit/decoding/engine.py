@@ -181,6 +181,7 @@ class Decoder:
         self._room_of = (0, 0, 0)
         self._layout.model.sketch = None
 
+    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
