@@ -51,7 +51,7 @@ def backend(call: str, folder: Path, **environment: str) -> str:
     """Name of what the build backend made, asked in a process of its own as pip does."""
     pytest.importorskip("scikit_build_core")
     done = subprocess.run(
-        [sys.executable, "-c", f"from scikit_build_core.build import *; print('made', {call})"],
+        [sys.executable, "-c", f"import scikit_build_core.build as b; print('made', b.{call})"],
         cwd=folder,
         env={**os.environ, **environment},
         capture_output=True,
