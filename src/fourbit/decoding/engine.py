@@ -107,9 +107,12 @@ class _Batch:
 
 
 class _Room:
-    """What steps of up to ``rows`` sequences read from and write to."""
+    """What steps of up to ``rows`` sequences, none over ``longest``, read from and write to."""
 
-    def __init__(self, rows: int, vocabulary: int, workspace: int) -> None:
+    def __init__(
+        self, rows: int, longest: int, threads: int, *, vocabulary: int, workspace: int
+    ) -> None:
+        self.rows, self.longest, self.threads = rows, longest, threads
         array = ctypes.c_int64 * rows
         self.tokens, self.places, self.starts, self.capacities, self.best = (
             array() for _ in range(5)
@@ -134,7 +137,6 @@ class Decoder:
         self._sketch = sketch if fits else None
         self._batch: _Batch | None = None
         self._room: _Room | None = None
-        self._room_of = (0, 0, 0)  # rows, longest sequence, threads
         self._step = native.kernel("decode_step", "ppli")
         self._measure = native.kernel("decode_workspace", "pllip")
 
@@ -159,8 +161,7 @@ class Decoder:
         Returns:
             Scores of each prompt's next token, float32 ``[B, V]``.
         """
-        self._begin([len(prompt) + room for prompt in prompts])
-        return self._call(range(len(prompts)), states=self._read(prompts))[0]
+        return self._start(prompts, room)[0]
 
     def step(self, tokens: Tensor, *, rows: Tensor | None = None) -> Tensor:
         """Appends a token to rows of the batch.
@@ -178,7 +179,6 @@ class Decoder:
     def release(self) -> None:
         """Frees the cache."""
         self._batch = self._room = None
-        self._room_of = (0, 0, 0)
         self._layout.model.sketch = None
 
     @torch.no_grad()
@@ -207,8 +207,7 @@ class Decoder:
         if choice.plain and len(prompts) == 1 and max_new_tokens >= _SKETCHED_TOKENS:
             self._make_sketch()
         try:
-            self._begin([len(prompt) + max_new_tokens for prompt in prompts])
-            logits, tokens = self._call(rows, states=self._read(prompts))
+            logits, tokens = self._start(prompts, max_new_tokens)
             for count in range(max_new_tokens):
                 if not choice.plain:
                     said = None if seen is None else [seen[row] for row in rows]
@@ -237,7 +236,12 @@ class Decoder:
             self._sketch = HeadSketch(self._layout.head)
         if self._sketch is not None:
             self._layout.model.sketch = ctypes.addressof(self._sketch.layout)
-            self._room_of = (0, 0, 0)  # it takes more room
+            self._room = None  # it takes more
+
+    def _start(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, list[int]]:
+        """Begins a batch: scores and likeliest token after each prompt."""
+        self._begin([len(prompt) + room for prompt in prompts])
+        return self._call(range(len(prompts)), states=self._read(prompts))
 
     def _begin(self, capacities: list[int]) -> None:
         layout = self._layout
@@ -339,24 +343,19 @@ class Decoder:
         step.states = None if states is None else states.data_ptr()
         step.logits = None if sketched else room.logits.data_ptr()
         step.rows = count
-        self._step(ctypes.addressof(model), ctypes.addressof(step), longest, self._room_of[2])
+        self._step(ctypes.addressof(model), ctypes.addressof(step), longest, room.threads)
         return room.logits[:count], room.best[:count]
 
     def _make_room(self, rows: int, longest: int) -> _Room:
-        have, longest_yet, threads = self._room_of
-        if (
-            self._room is not None
-            and rows <= have
-            and longest <= longest_yet
-            and threads == torch.get_num_threads()
-        ):
-            return self._room
-        threads = torch.get_num_threads()
+        room, threads = self._room, torch.get_num_threads()
+        if room and rows <= room.rows and longest <= room.longest and threads == room.threads:
+            return room
         bytes_ = ctypes.c_int64()
         model = ctypes.addressof(self._layout.model)
         self._measure(model, rows, longest, threads, ctypes.addressof(bytes_))
-        self._room = _Room(rows, self.vocabulary, bytes_.value)
-        self._room_of = (rows, longest, threads)
+        self._room = _Room(
+            rows, longest, threads, vocabulary=self.vocabulary, workspace=bytes_.value
+        )
         return self._room
 
 
