@@ -21,25 +21,7 @@ static inline float to_float(bf16 value) {
   return result;
 }
 
-template <class T>
-static inline T from_float(float value);
-
-template <>
-inline float from_float<float>(float value) {
-  return value;
-}
-
-// Round to nearest, ties to even; NaN stays NaN.
-template <>
-inline bf16 from_float<bf16>(float value) {
-  uint32_t wide;
-  std::memcpy(&wide, &value, 4);
-  uint32_t rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
-  uint32_t quiet = (wide >> 16) | 0x40;
-  return bf16{static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};
-}
-
-// As from_float, without its care for NaN.
+// Round to nearest, ties to even; what a NaN becomes is left open.
 template <class T>
 static inline T round_finite(float value);
 
@@ -53,6 +35,23 @@ inline bf16 round_finite<bf16>(float value) {
   uint32_t wide;
   std::memcpy(&wide, &value, 4);
   return bf16{static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16)};
+}
+
+template <class T>
+static inline T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+// As round_finite, but NaN stays NaN.
+template <>
+inline bf16 from_float<bf16>(float value) {
+  uint32_t wide;
+  std::memcpy(&wide, &value, 4);
+  uint32_t rounded = round_finite<bf16>(value).bits, quiet = (wide >> 16) | 0x40;
+  return bf16{static_cast<uint16_t>((wide & 0x7fffffff) > 0x7f800000 ? quiet : rounded)};
 }
 
 // a * b + c in one rounding where the instruction exists; elsewhere a library call would be far
