@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #ifdef _OPENMP
 #include <omp.h>
@@ -38,6 +39,16 @@ static inline void parallel(int64_t count, int64_t grain, int threads, const Bod
   }
 #endif
   run_part(body, 0, count, 0);
+}
+
+// Calls body(unit, thread) for each of [0, count). A thread takes the next unit when it is done with
+// one, so that a core that others slow down does less.
+template <class Body>
+static inline void share(int64_t count, int threads, const Body& body) {
+  std::atomic<int64_t> next{0};
+  parallel(std::min<int64_t>(threads, count), 1, threads, [&](int64_t, int64_t, int thread) {
+    for (int64_t unit = next++; unit < count; unit = next++) body(unit, thread);
+  });
 }
 
 }  // namespace FB_NAMESPACE

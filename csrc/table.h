@@ -18,6 +18,10 @@
   X(finish_int8)          \
   X(layer_norm)           \
   X(layer_norm_backward)  \
+  X(linear_product)       \
+  X(linear_room)          \
+  X(low_rank_gradient)    \
+  X(low_rank_reduce)      \
   X(quantize_4bit)        \
   X(quantize_absmax)      \
   X(quantize_activations) \

@@ -75,7 +75,7 @@ def test_value_and_gradients(
     with_bias: bool,
     rows: int,
 ) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", rows * 4 * VOCAB)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", rows * 4 * VOCAB)
     hidden, weight, bias, labels = case(device, MASKS[masked])
     inputs = [hidden, weight, bias] if with_bias else [hidden, weight]
     for tensor in inputs:
@@ -192,7 +192,7 @@ def test_logits_of_all_tokens_never_exist(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     tokens, rows = 400, 8
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", rows * 4 * VOCAB)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", rows * 4 * VOCAB)
     hidden = torch.randn(tokens, HIDDEN, device=device, requires_grad=True)
     weight = torch.randn(VOCAB, HIDDEN, device=device)
     labels = torch.randint(VOCAB, (tokens,), device=device)
@@ -208,7 +208,7 @@ def test_chunks_are_of_equal_size_and_share_their_memory(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     hidden, weight, _, labels = case(device, 0.0)
-    monkeypatch.setattr(loss, "_CHUNK_BYTES", 14 * 4 * VOCAB)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 14 * 4 * VOCAB)
     seen: list[tuple[int, int]] = []
     original = loss.cross_entropy_rows_
 

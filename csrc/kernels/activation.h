@@ -10,7 +10,8 @@ enum Activation : int { kSilu = 0, kGeluTanh = 1 };
 template <int kind>
 static inline float gate_of(float x) {
   float t = kind == kSilu ? x : 1.5957691216f * (x + 0.044715f * x * x * x);
-  return 1.0f / (1.0f + exp_fast(-t));
+  float power = exp_below_one(-std::fabs(t));
+  return (t < 0.0f ? power : 1.0f) / (1.0f + power);
 }
 
 template <int kind>
@@ -37,10 +38,10 @@ static void activate_rows(const T* in, T* out, int64_t rows, int64_t width, int 
   });
 }
 
-// Gradients of the same; `din` is laid out as `in`.
+// Gradients of the same, and its result once more into `out`; `din` is laid out as `in`.
 template <class T, int kind, bool gated>
-static void activate_rows_backward(const T* in, const T* grad, T* din, int64_t rows, int64_t width,
-                                   int threads) {
+static void activate_rows_backward(const T* in, const T* grad, T* din, T* out, int64_t rows,
+                                   int64_t width, int threads) {
   int64_t stride = gated ? 2 * width : width;
   parallel(rows, 8, threads, [=](int64_t begin, int64_t end, int) {
     for (int64_t row = begin; row < end; ++row) {
@@ -49,16 +50,19 @@ static void activate_rows_backward(const T* in, const T* grad, T* din, int64_t r
       const T* g = grad + row * width;
       T* da = din + row * stride;
       T* db = da + (gated ? width : 0);
+      T* h = out + row * width;
 #pragma omp simd
       for (int64_t j = 0; j < width; ++j) {
         float x = to_float(a[j]), q = to_float(g[j]);
-        float s = gate_of<kind>(x);
-        float slope = s + x * s * (1.0f - s) * gate_slope<kind>(x);
+        float s = gate_of<kind>(x), value = x * s;
+        float slope = s + value * (1.0f - s) * gate_slope<kind>(x);
         if (gated) {
           float u = to_float(b[j]);
-          db[j] = from_float<T>(q * x * s);
+          h[j] = from_float<T>(value * u);
+          db[j] = from_float<T>(q * value);
           da[j] = from_float<T>(q * u * slope);
         } else {
+          h[j] = from_float<T>(value);
           da[j] = from_float<T>(q * slope);
         }
       }
@@ -93,14 +97,14 @@ static void activate(const void* in, void* out, int64_t rows, int64_t width, int
   });
 }
 
-static void activate_backward(const void* in, const void* grad, void* din, int64_t rows,
+static void activate_backward(const void* in, const void* grad, void* din, void* out, int64_t rows,
                               int64_t width, int kind, int gated, int dtype, int threads) {
   by_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     by_activation(kind, gated, [&](auto k, auto g) {
       activate_rows_backward<T, decltype(k)::value, decltype(g)::value>(
-          static_cast<const T*>(in), static_cast<const T*>(grad), static_cast<T*>(din), rows,
-          width, threads);
+          static_cast<const T*>(in), static_cast<const T*>(grad), static_cast<T*>(din),
+          static_cast<T*>(out), rows, width, threads);
     });
   });
 }

@@ -10,10 +10,12 @@
 // backward, grad_o, dq, dk, dv. Elements of a head lie side by side.
 #pragma once
 
-#include "attention_pack.h"
+#include "packing.h"
 
 namespace FB_NAMESPACE {
 namespace attend {
+
+using namespace tiles;
 
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr int kQueries = 32;  // of a forward block: what it holds stays in the first-level cache

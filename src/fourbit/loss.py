@@ -17,7 +17,7 @@ from torch import Tensor
 from fourbit.ops import cross_entropy_rows_
 
 IGNORE = -100
-_CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 96 << 20
 """Logits alive at once, were they float32; smaller chunks starve the matrix product."""
 
 
@@ -122,7 +122,7 @@ def _chunks(
     """
     supervised = (labels_T != IGNORE).nonzero().squeeze(1)
     count = supervised.numel()
-    chunks = -(-count // max(1, _CHUNK_BYTES // (4 * vocab)))
+    chunks = -(-count // max(1, CHUNK_BYTES // (4 * vocab)))
     rows = max(1, -(-count // max(1, chunks)))  # no last chunk of a few rows: it would cost as much
     logits = hidden_TH.new_empty((rows, vocab))
     for start in range(0, count, rows):

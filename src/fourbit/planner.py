@@ -31,11 +31,11 @@ from fourbit.integrations.transformers import (
 )
 from fourbit.linear import parameter_counts
 from fourbit.lora import LoraSettings
+from fourbit.loss import CHUNK_BYTES
 from fourbit.methods import Method, quantized_base, trains_prompt
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 
-_LOGIT_CHUNK_BYTES = 64 << 20
 _RESERVE = 0.9
 """Share of the free memory a plan may use; the rest is for what no plan sees."""
 
@@ -269,7 +269,7 @@ def _logits(config: PretrainedConfig, shape: TrainingShape) -> int:
     """The chunk of logits, and the gradient of the head's input at every supervised position."""
     text = config.get_text_config()
     rows = shape.batch_size * shape.positions
-    chunk = min(_LOGIT_CHUNK_BYTES, rows * text.vocab_size * 4)
+    chunk = min(CHUNK_BYTES, rows * text.vocab_size * 4)
     element = torch.finfo(shape.dtype).bits // 8
     return 2 * chunk + 2 * rows * text.hidden_size * element
 

@@ -123,9 +123,9 @@ class _Attention(torch.autograd.Function):
             softcap=block.heads.softcap,
             out=o.view(q.shape),
         )
-        z = block.residual.buffer(x)
-        out_kept = block.out.forward(o, out_adapters, z)
-        y, kept = block.residual.forward(x, z)
+        y, kept, out_kept = block.residual.forward(
+            x, lambda out, added: block.out.forward(o, out_adapters, out, added)
+        )
         ctx.block = block
         ctx.counts = (len(head_statistics), len(adapters), len(qkv_kept))
         ctx.save_for_backward(
@@ -156,7 +156,7 @@ class _Attention(torch.autograd.Function):
         grad = grad.contiguous()
         grad_z = block.residual.backward(grad, kept)
         grad_o = SCRATCH.take("grad o", tuple(o.shape), x)
-        grads_out = block.out.backward(grad_z, o, out_adapters, out_kept, grad_x=grad_o)
+        grads_out = block.out.backward(grad_z, lambda: o, out_adapters, out_kept, grad_x=grad_o)
         # Without head norms the saved buffer is the turned one already.
         turned = raw if block.head_norms is None else block.positioned(raw)[0]
         grad_qkv = SCRATCH.take("grad qkv", tuple(raw.shape), x)
@@ -177,10 +177,14 @@ class _Attention(torch.autograd.Function):
             dv=dv,
         )
         block.turn_back(grad_qkv, raw, head_statistics)
-        h = SCRATCH.take("normed", tuple(x.shape), x)
-        normalize(x, block.norm, h, norm_statistics)
+
+        def normed() -> Tensor:
+            h = SCRATCH.take("normed", tuple(x.shape), x)
+            normalize(x, block.norm, h, norm_statistics)
+            return h
+
         grad_h = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grads_qkv = block.qkv.backward(grad_qkv, h, qkv_adapters, qkv_kept, grad_x=grad_h)
+        grads_qkv = block.qkv.backward(grad_qkv, normed, qkv_adapters, qkv_kept, grad_x=grad_h)
         if grad_h is not None:
             normalize_backward(grad_h, x, block.norm, norm_statistics, grad_h, added=grad)
         return (grad_h, None, *grads_qkv, *grads_out)

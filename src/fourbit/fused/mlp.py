@@ -58,9 +58,9 @@ class _Mlp(torch.autograd.Function):
         up_kept = block.up.forward(h, up_adapters, wide)
         activated = SCRATCH.take("activated", (x.shape[0], block.width), x)
         activate(wide, activated, kind=block.activation, gated=block.gated)
-        z = block.residual.buffer(x)
-        down_kept = block.down.forward(activated, down_adapters, z)
-        y, kept = block.residual.forward(x, z)
+        y, kept, down_kept = block.residual.forward(
+            x, lambda out, added: block.down.forward(activated, down_adapters, out, added)
+        )
         ctx.block, ctx.counts = block, (len(adapters), len(up_kept), len(down_kept))
         ctx.save_for_backward(x, statistics, wide, *kept, *adapters, *up_kept, *down_kept)
         return y
@@ -77,19 +77,27 @@ class _Mlp(torch.autograd.Function):
 
         grad = grad.contiguous()
         grad_z = block.residual.backward(grad, kept)
-        activated = SCRATCH.take("activated", (x.shape[0], block.width), x)
-        activate(wide, activated, kind=block.activation, gated=block.gated)
         grad_activated = SCRATCH.take("grad activated", (x.shape[0], block.width), x)
+        grad_wide = SCRATCH.take("grad wide", tuple(wide.shape), x)
+
+        def activated() -> Tensor:
+            h = SCRATCH.take("activated", (x.shape[0], block.width), x)
+            form = {"kind": block.activation, "gated": block.gated}
+            activate_backward(wide, grad_activated, grad_wide, h, **form)
+            return h
+
+        def normed() -> Tensor:
+            h = SCRATCH.take("normed", tuple(x.shape), x)
+            normalize(x, block.norm, h, statistics)
+            return h
+
+        # `activated` also makes the gradient that goes on, from the one that is there by then
         grads_down = block.down.backward(
             grad_z, activated, down_adapters, down_kept, grad_x=grad_activated
         )
-        grad_wide = SCRATCH.take("grad wide", tuple(wide.shape), x)
-        activate_backward(wide, grad_activated, grad_wide, kind=block.activation, gated=block.gated)
-        h = SCRATCH.take("normed", tuple(x.shape), x)
-        normalize(x, block.norm, h, statistics)
         needed = ctx.needs_input_grad[0]
         grad_h = torch.empty_like(x) if needed else None
-        grads_up = block.up.backward(grad_wide, h, up_adapters, up_kept, grad_x=grad_h)
+        grads_up = block.up.backward(grad_wide, normed, up_adapters, up_kept, grad_x=grad_h)
         if grad_h is not None:
             normalize_backward(grad_h, x, block.norm, statistics, grad_h, added=grad)
         return (grad_h, None, *grads_up, *grads_down)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import ops
+from fourbit.fused.scratch import SCRATCH
 from fourbit.linear import Linear4bit
 
 _PATH = "_fourbit_path"
@@ -98,9 +99,13 @@ class Projection:
         else:
             out.copy_(self.base.weight)
 
-    def plain_weight(self) -> Tensor | None:
-        """The weight itself where it is not packed."""
-        return None if isinstance(self.base, Linear4bit) else self.base.weight.detach()
+    def weight(self, like: Tensor) -> Tensor:
+        """The weight ``[N, K]`` in the dtype of ``like``; valid until the next call."""
+        if not isinstance(self.base, Linear4bit):
+            return self.base.weight.detach().to(like.dtype)
+        expanded = SCRATCH.take("weight", self.shape, like)
+        self.weight_into(expanded)
+        return expanded
 
 
 def observer(hook: Callable[..., None]) -> Callable[..., None]:

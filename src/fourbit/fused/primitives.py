@@ -155,19 +155,25 @@ def activate(x: Tensor, h: Tensor, *, kind: str, gated: bool) -> None:
     h.copy_(value * x[:, h.shape[1] :].float() if gated else value)
 
 
-def activate_backward(x: Tensor, grad: Tensor, dx: Tensor, *, kind: str, gated: bool) -> None:
-    """Writes the gradient with respect to ``x`` into ``dx``, given that of the result."""
+def activate_backward(
+    x: Tensor, grad: Tensor, dx: Tensor, h: Tensor, *, kind: str, gated: bool
+) -> None:
+    """Writes the gradient with respect to ``x`` into ``dx``, given that of the result.
+
+    The result itself is written into ``h`` again, as `activate` does.
+    """
     width = grad.shape[1]
     if _native(x):
         sizes = (grad.shape[0], width, _KINDS[kind], int(gated))
-        pointers = (x.data_ptr(), grad.data_ptr(), dx.data_ptr())
-        _call("activate_backward", "pppllii", x, *pointers, *sizes)
+        pointers = (x.data_ptr(), grad.data_ptr(), dx.data_ptr(), h.data_ptr())
+        _call("activate_backward", "ppppllii", x, *pointers, *sizes)
         return
     with torch.enable_grad():
         wide = x.float().detach().requires_grad_()
         value = _activation(wide[:, :width], kind)
         value = value * wide[:, width:] if gated else value
         (result,) = torch.autograd.grad(value, wide, grad.float())
+    h.copy_(value.detach())
     dx.copy_(result)
 
 

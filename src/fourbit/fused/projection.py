@@ -5,7 +5,7 @@ Legend: M rows, K columns of the input, N_i columns of the i-th result, r_i its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fourbit.fused.parts import Projection
 from fourbit.fused.primitives import drop
+from fourbit.fused.products import add_expanded_, gradient, multiply, reduce
 from fourbit.fused.scratch import SCRATCH
 
 
@@ -36,14 +37,21 @@ class Group:
         return sum(p.shape[0] for p in self.projections)
 
     @cached_property
+    def parts(self) -> list[tuple[Projection, slice]]:
+        """Each projection, and its columns of the joint result."""
+        found, start = [], 0
+        for projection in self.projections:
+            found.append((projection, slice(start, start + projection.shape[0])))
+            start += projection.shape[0]
+        return found
+
+    @cached_property
     def adapted(self) -> list[tuple[int, Projection, slice, int]]:
         """``(place among the adapters, projection, its columns, its seed)`` of those with one."""
-        found, start = [], 0
-        for projection, seed in zip(self.projections, self.seeds, strict=True):
-            columns = slice(start, start + projection.shape[0])
+        found = []
+        for (projection, columns), seed in zip(self.parts, self.seeds, strict=True):
             if projection.lora_A is not None:
                 found.append((len(found), projection, columns, seed))
-            start = columns.stop
         return found
 
     @property
@@ -54,62 +62,53 @@ class Group:
     def weight(self, like: Tensor) -> Tensor:
         """The joint weight ``[N, K]`` in the dtype of ``like``; valid until the next call."""
         if len(self.projections) == 1:
-            plain = self.projections[0].plain_weight()
-            if plain is not None:
-                return plain.to(like.dtype)
+            return self.projections[0].weight(like)
         joint = SCRATCH.take("weight", (self.width, self.projections[0].shape[1]), like)
-        start = 0
-        for projection in self.projections:
-            rows = projection.shape[0]
-            projection.weight_into(joint[start : start + rows])
-            start += rows
+        for projection, columns in self.parts:
+            projection.weight_into(joint[columns])
         return joint
 
-    def bias(self, like: Tensor) -> Tensor | None:
-        """The joint bias ``[N]``; None where no projection has one."""
-        biases = [p.base.bias for p in self.projections]
-        if all(bias is None for bias in biases):
-            return None
-        return torch.cat(
-            [
-                like.new_zeros(p.shape[0]) if bias is None else bias.detach().to(like.dtype)
-                for p, bias in zip(self.projections, biases, strict=True)
-            ]
-        )
-
-    def forward(self, x: Tensor, adapters: Sequence[Tensor], out: Tensor) -> list[Tensor]:
-        """Writes the joint result into ``out``.
+    def forward(
+        self, x: Tensor, adapters: Sequence[Tensor], out: Tensor, added: Tensor | None = None
+    ) -> list[Tensor]:
+        """Writes the joint result, plus ``added``, into ``out``.
 
         Args:
             x: ``[M, K]``.
             adapters: as `adapters` lists them.
             out: ``[M, N]``.
+            added: ``[M, N]``.
 
         Returns:
             ``drop(x) · Aᵀ``, ``[M, r]`` for each adapter: what `backward` needs.
         """
-        weight, bias = self.weight(x), self.bias(x)
-        if bias is None:
-            torch.mm(x, weight.t(), out=out)
-        else:
-            torch.addmm(bias, x, weight.t(), out=out)
         kept = self._reduced(x, adapters)
-        for (index, projection, columns, _), xa in zip(self.adapted, kept, strict=True):
-            B = adapters[2 * index + 1].to(x.dtype)
-            out[:, columns].addmm_(xa, B.t(), alpha=projection.scaling)
+        thin = {
+            columns.start: (u, adapters[2 * index + 1].t(), projection.scaling)
+            for (index, projection, columns, _), u in zip(self.adapted, kept, strict=True)
+        }
+        for projection, columns in self.parts:
+            bias = projection.base.bias
+            multiply(
+                x,
+                projection.weight(x).t(),
+                out[:, columns],
+                thin=thin.get(columns.start),
+                bias=None if bias is None else bias.detach().to(x.dtype),
+                added=None if added is None else added[:, columns],
+            )
         return kept
 
     def _reduced(self, x: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
         ranks = [A.shape[0] for A in adapters[::2]]
-        if not ranks:
-            return []
-        if not self._dropping:
-            joint = x @ torch.cat([A.to(x.dtype) for A in adapters[::2]]).t()
-            return list(joint.split(ranks, dim=1))
-        return [
-            self._dropped(x, projection, seed) @ adapters[2 * index].to(x.dtype).t()
-            for index, projection, _, seed in self.adapted
-        ]
+        joint = x.new_empty(x.shape[0], sum(ranks))
+        parts = list(joint.split(ranks, dim=1))
+        if ranks and not self._dropping:
+            reduce(x, _joined(adapters[::2]), joint)
+            return parts
+        for (index, projection, _, seed), part in zip(self.adapted, parts, strict=True):
+            reduce(self._dropped(x, projection, seed), adapters[2 * index], part)
+        return parts
 
     @cached_property
     def _dropping(self) -> bool:
@@ -125,17 +124,18 @@ class Group:
     def backward(
         self,
         grad: Tensor,
-        x: Tensor,
+        make_x: Callable[[], Tensor],
         adapters: Sequence[Tensor],
         kept: Sequence[Tensor],
         *,
         grad_x: Tensor | None,
-    ) -> list[Tensor | None]:
+    ) -> list[Tensor]:
         """Gradients of the adapters, and of the input into ``grad_x``.
 
         Args:
             grad: ``[M, N]``, of the joint result.
-            x: ``[M, K]``, the same as in `forward`.
+            make_x: gives ``[M, K]``, the same as in `forward`; called once, after ``grad_x`` is
+                there.
             adapters: as in `forward`.
             kept: what `forward` returned.
             grad_x: ``[M, K]``, written; None when nobody asks for it.
@@ -143,40 +143,36 @@ class Group:
         Returns:
             For each of ``adapters`` its gradient in its own dtype.
         """
+        As, Bs = adapters[::2], adapters[1::2]
+        joint = grad.new_empty(grad.shape[0], sum(A.shape[0] for A in As))
+        reduced = joint.split([A.shape[0] for A in As], dim=1)
+        grads = [torch.empty_like(adapter) for adapter in adapters]
+        for (index, projection, columns, _), u in zip(self.adapted, kept, strict=True):
+            reduce(grad[:, columns], Bs[index].t(), reduced[index], scale=projection.scaling)
+            gradient(u, grad[:, columns], grads[2 * index + 1].t(), scale=projection.scaling)
+        together = As and not self._dropping
         if grad_x is not None:
-            torch.mm(grad, self.weight(x), out=grad_x)
-        reduced = [
-            (grad[:, columns] @ adapters[2 * index + 1].to(x.dtype)).mul_(projection.scaling)
-            for index, projection, columns, _ in self.adapted
-        ]
-        grads: list[Tensor | None] = []
-        for (index, projection, columns, _), xa in zip(self.adapted, kept, strict=True):
-            B = adapters[2 * index + 1]
-            grads += [None, (grad[:, columns].t() @ xa).to(B.dtype).mul_(projection.scaling)]
-        if reduced and not self._dropping:
-            joint = torch.cat(reduced, dim=1)
-            ranks = [A.shape[0] for A in adapters[::2]]
-            for index, part in enumerate((joint.t() @ x).split(ranks)):
-                grads[2 * index] = part.to(adapters[2 * index].dtype)
-            if grad_x is not None:
-                grad_x.addmm_(joint, torch.cat([A.to(x.dtype) for A in adapters[::2]]))
-            return grads
+            thin = (joint, _joined(As), 1.0) if together else None
+            multiply(grad, self.weight(grad), grad_x, thin=thin)
+            if not together:
+                self._add_dropped_(grad_x, reduced, As)
+        x = make_x()
         for (index, projection, _, seed), part in zip(self.adapted, reduced, strict=True):
-            A = adapters[2 * index]
-            grads[2 * index] = (part.t() @ self._dropped(x, projection, seed)).to(A.dtype)
-            if grad_x is not None:
-                self._add_dropped_(grad_x, part, A, projection, seed)
+            gradient(part, self._dropped(x, projection, seed), grads[2 * index])
         return grads
 
-    def _add_dropped_(
-        self, grad_x: Tensor, part: Tensor, A: Tensor, projection: Projection, seed: int
-    ) -> None:
-        if projection.dropout == 0:
-            grad_x.addmm_(part, A.to(part.dtype))
-            return
-        through = SCRATCH.take("dropped", tuple(grad_x.shape), grad_x)
-        torch.mm(part, A.to(part.dtype), out=through)
-        drop(through, grad_x, seed=seed, dropout=projection.dropout, add=True)
+    def _add_dropped_(self, grad_x: Tensor, parts: Sequence[Tensor], As: Sequence[Tensor]) -> None:
+        for (index, projection, _, seed), part in zip(self.adapted, parts, strict=True):
+            if projection.dropout == 0:
+                add_expanded_(grad_x, part, As[index])
+                continue
+            through = SCRATCH.take("dropped", tuple(grad_x.shape), grad_x)
+            torch.mm(part, As[index].to(part.dtype), out=through)
+            drop(through, grad_x, seed=seed, dropout=projection.dropout, add=True)
+
+
+def _joined(factors: Sequence[Tensor]) -> Tensor:
+    return factors[0].detach() if len(factors) == 1 else torch.cat(list(factors))
 
 
 def split_adapters(values: Sequence[Any], *groups: Group) -> list[Sequence[Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,20 +25,28 @@ class Residual:
     norm: Norm | None = None
     scale: float = 1.0
 
-    def buffer(self, x: Tensor) -> Tensor:
-        """Where the block's result z ``[M, D]`` goes: kept for backward only if a norm follows."""
-        return (
-            SCRATCH.take("result", tuple(x.shape), x) if self.norm is None else x.new_empty(x.shape)
-        )
+    def forward(
+        self, x: Tensor, product: Callable[[Tensor, Tensor | None], list[Tensor]]
+    ) -> tuple[Tensor, tuple[Tensor, ...], list[Tensor]]:
+        """y, what `backward` needs, and what ``product`` returned.
 
-    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """y, and what `backward` needs."""
+        Args:
+            x: ``[M, D]``.
+            product: ``(out, added)``: writes z plus ``added`` into ``out``.
+        """
+        if self.norm is None and self.scale == 1.0:
+            y = torch.empty_like(x)
+            return y, (), product(y, x)
         if self.norm is None:
-            return torch.add(x, z, alpha=self.scale), ()
+            z = SCRATCH.take("result", tuple(x.shape), x)
+            returned = product(z, None)
+            return torch.add(x, z, alpha=self.scale), (), returned
+        z = torch.empty_like(x)
+        returned = product(z, None)
         statistics = statistics_like(z, self.norm)
         normed = SCRATCH.take("result", tuple(x.shape), x)
         normalize(z, self.norm, normed, statistics)
-        return torch.add(x, normed, alpha=self.scale), (z, statistics)
+        return torch.add(x, normed, alpha=self.scale), (z, statistics), returned
 
     def split(self, values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """What `forward` kept, and the rest, from a sequence that begins with it."""

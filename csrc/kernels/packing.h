@@ -2,10 +2,10 @@
 // tensor is stored, P whether cells are pairs.
 #pragma once
 
-#include "attention_tiles.h"
+#include "tiles.h"
 
 namespace FB_NAMESPACE {
-namespace attend {
+namespace tiles {
 
 template <bool P>
 constexpr int kStep = P ? 2 : 1;
@@ -104,31 +104,51 @@ static void pack_columns(float* out, const T* in, int64_t step, int64_t count, i
   }
 }
 
-// Pairs of rows: out[kBlock / step][padded(width)], what lies past `count` rows or `width` zero.
+// Cells of one row, and of two neighbouring ones.
+template <class T>
+FB_INLINE void join(float* out, const T* row, int64_t width) {
+#pragma omp simd
+  for (int64_t j = 0; j < width; ++j) out[j] = to_float(row[j]);
+}
+
+FB_INLINE void join(float* out, const bf16* even, const bf16* odd, int64_t width) {
+  int64_t j = 0;
+#if defined(__AVX512F__)
+  for (; j + kLanes <= width; j += kLanes) {
+    __m512i cells = _mm512_or_si512((__m512i)widen(odd + j),
+                                    _mm512_srli_epi32((__m512i)widen(even + j), 16));
+    std::memcpy(out + j, &cells, sizeof(cells));
+  }
+#endif
+  for (; j < width; ++j) out[j] = pair(even[j].bits, odd[j].bits);
+}
+
+// Pairs of rows (single rows, without pairs): out[cells(count)][wide], columns past `width` zero.
+template <bool P, class T>
+static void pack_neighbours(float* out, const T* in, int64_t step, int64_t count, int64_t width,
+                            int64_t wide) {
+  for (int64_t k = 0; k < cells<P>(count); ++k) {
+    const T* from = in + k * kStep<P> * step;
+    float* to = out + k * wide;
+    if constexpr (P) {
+      if (2 * k + 1 < count) {
+        join(to, from, from + step, width);
+      } else {
+        for (int64_t j = 0; j < width; ++j) to[j] = pair(from[j].bits, uint16_t{0});
+      }
+    } else {
+      join(to, from, width);
+    }
+    for (int64_t j = width; j < wide; ++j) to[j] = 0.0f;
+  }
+}
+
+// The same as a whole block: out[kBlock / step][padded(width)], what lies past `count` rows zero.
 template <bool P, class T>
 static void pack_summed(float* out, const T* in, int64_t step, int64_t count, int64_t width) {
-  const int64_t wide = padded(width);
-  for (int64_t k = 0; k < kBlock / kStep<P>; ++k) {
-    float* to = out + k * wide;
-    int64_t row = k * kStep<P>, filled = 0;
-    if (row < count) {
-      const T* from = in + row * step;
-      filled = width;
-      if constexpr (P) {
-        if (row + 1 < count) {
-          const T* next = from + step;
-#pragma omp simd
-          for (int64_t j = 0; j < width; ++j) to[j] = pair(from[j].bits, next[j].bits);
-        } else {
-          for (int64_t j = 0; j < width; ++j) to[j] = pair(from[j].bits, uint16_t{0});
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < width; ++j) to[j] = to_float(from[j]);
-      }
-    }
-    for (int64_t j = filled; j < wide; ++j) to[j] = 0.0f;
-  }
+  const int64_t wide = padded(width), filled = cells<P>(count);
+  pack_neighbours<P>(out, in, step, count, width, wide);
+  std::memset(out + filled * wide, 0, (kBlock / kStep<P> - filled) * wide * sizeof(float));
 }
 
 // Vector number `vector` of a row that later is the left side of a sum along the row.
@@ -160,5 +180,5 @@ FB_INLINE void store_two(float* rows, int vector, vf even, vf odd) {
   store(rows + kBlock + vector * kLanes, odd);
 }
 
-}  // namespace attend
+}  // namespace tiles
 }  // namespace FB_NAMESPACE

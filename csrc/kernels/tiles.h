@@ -1,4 +1,4 @@
-// What attention is made of: vectors of scores, and matrix products of small packed blocks.
+// What attention and thin products are made of: vectors of floats, and products of packed blocks.
 //
 // A packed block holds cells of 32 bits: one float, or, where the CPU multiplies bf16 pairs, two
 // neighbours along the summed dimension. Every product below then is the same loop: broadcast a
@@ -15,7 +15,7 @@
 #define FB_INLINE_MEMBER __attribute__((always_inline)) inline
 
 namespace FB_NAMESPACE {
-namespace attend {
+namespace tiles {
 
 // Lanes of a vector; rows and vectors of a product that stay in registers.
 #if defined(__AVX512F__)
@@ -28,7 +28,7 @@ constexpr int kLanes = 4, kRows = 4, kColumns = 4;
 constexpr int kLanes = 4, kRows = 4, kColumns = 2;
 #endif
 static_assert(kRows <= kLanes, "one value for each row fits into a vector");
-constexpr int kBlock = 64;  // queries, and keys, of a block
+constexpr int kBlock = 64;  // rows of a packed block: queries, keys
 constexpr int kVectors = kBlock / kLanes;
 
 #if defined(__AVX512BF16__)
@@ -154,6 +154,20 @@ FB_INLINE void narrow(bf16* to, const float* from, int64_t width, float factor) 
   for (int64_t i = j; i < width; ++i) to[i] = from_float<bf16>(from[i] * factor);
 }
 
+// A vector, rounded to nearest.
+FB_INLINE void narrow(float* to, vf value) { store(to, value); }
+
+FB_INLINE void narrow(bf16* to, vf value) {
+#if defined(__AVX512BF16__)
+  __m256bh half = _mm512_cvtneps_pbh((__m512)value);
+  std::memcpy(to, &half, sizeof(half));
+#else
+  float lanes[kLanes];
+  store(lanes, value);
+  for (int i = 0; i < kLanes; ++i) to[i] = from_float<bf16>(lanes[i]);
+#endif
+}
+
 // Asks for rows that are a step apart, which the CPU does not foresee.
 template <class T>
 static void fetch(const T* rows, int64_t step, int64_t count, int64_t width) {
@@ -257,5 +271,5 @@ FB_INLINE void product(Left a, Right b, int64_t depth, int64_t vectors, float* c
     tile<P, into, 1>(a, {b.data + n * kLanes, b.k_step}, depth, c + n * kLanes, c_step);
 }
 
-}  // namespace attend
+}  // namespace tiles
 }  // namespace FB_NAMESPACE

@@ -1,0 +1,126 @@
+// The two sides of a product of activations with weights or with an adapter's factor.
+#pragma once
+
+#include "packing.h"
+
+namespace FB_NAMESPACE {
+namespace tiles {
+
+// A right side: element (k, column) lies at data[k * k_step + column * column_step], `k` along the
+// sum. It may lie or stand, may be float32 where activations are bf16, and is multiplied with
+// `scale` before it is rounded as they are.
+template <class W>
+struct Factor {
+  const W* data;
+  int64_t k_step, column_step;
+  float scale;
+
+  Factor from_column(int64_t column) const {
+    return {data + column * column_step, k_step, column_step, scale};
+  }
+  template <class T>
+  T at(int64_t k, int64_t column) const {
+    return from_float<T>(to_float(data[k * k_step + column * column_step]) * scale);
+  }
+  template <bool P, class T>
+  FB_INLINE_MEMBER float cell(int64_t k, int64_t column, int64_t depth) const {
+    if constexpr (P)
+      return pair(at<T>(2 * k, column).bits,
+                  2 * k + 1 < depth ? at<T>(2 * k + 1, column).bits : uint16_t{0});
+    else
+      return to_float(at<T>(k, column));
+  }
+};
+
+// `count` neighbours in memory as T; those of W itself where nothing is to be changed.
+template <class T, class W>
+FB_INLINE const T* rounded(const W* from, int64_t count, float scale, T* room) {
+  if constexpr (std::is_same<T, W>::value) {
+    if (scale == 1.0f) return from;
+  }
+  if constexpr (std::is_same<W, float>::value) {
+    narrow(room, from, count, scale);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) room[i] = from_float<T>(to_float(from[i]) * scale);
+  }
+  return room;
+}
+
+// out[cells(depth)][wide], columns past `width` zero.
+template <bool P, class T, class W>
+static void pack_factor(float* out, Factor<W> w, int64_t depth, int64_t width, int64_t wide) {
+  const int64_t count = cells<P>(depth), whole = depth / kStep<P>;  // without a missing half
+  int64_t column = 0;
+#if defined(__AVX512F__)
+  for (; w.k_step == 1 && column + 16 <= width; column += 16) {
+    const W* from = w.data + column * w.column_step;
+    int64_t k = 0;
+    for (; k + 16 <= whole; k += 16) {
+      vf block[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        T room[16 * kStep<P>];
+        const W* line = from + i * w.column_step + k * kStep<P>;
+        block[i] = cells_at<P>(rounded(line, 16 * kStep<P>, w.scale, room), 0);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store(out + (k + i) * wide + column, block[i]);
+    }
+    for (; k < count; ++k)
+      for (int64_t i = 0; i < 16; ++i)
+        out[k * wide + column + i] = w.template cell<P, T>(k, column + i, depth);
+  }
+#endif
+  constexpr int64_t kLine = 128;
+  for (; w.column_step == 1 && column < width; column += kLine) {
+    const int64_t part = std::min(kLine, width - column);
+    T rooms[kStep<P>][kLine];
+    for (int64_t k = 0; k < whole; ++k) {
+      const W* from = w.data + k * kStep<P> * w.k_step + column;
+      const T* first = rounded(from, part, w.scale, rooms[0]);
+      if constexpr (P)
+        join(out + k * wide + column, first, rounded(from + w.k_step, part, w.scale, rooms[1]), part);
+      else
+        join(out + k * wide + column, first, part);
+    }
+    for (int64_t j = column; whole < count && j < column + part; ++j)
+      out[whole * wide + j] = w.template cell<P, T>(whole, j, depth);
+  }
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t j = column; j < width; ++j)
+      out[k * wide + j] = w.template cell<P, T>(k, j, depth);
+  for (int64_t k = 0; k < count && width < wide; ++k)
+    std::memset(out + k * wide + width, 0, (wide - width) * sizeof(float));
+}
+
+// Activations as the left side: read in place where their layout allows it.
+template <bool P, class T>
+struct Rows {
+  const T* data;
+  int64_t step, count, width;
+  bool in_place;
+
+  Rows(const T* x, int64_t x_step, int64_t rows, int64_t columns)
+      : data(x), step(x_step), count(rows), width(columns) {
+    in_place = sizeof(T) * kStep<P> == sizeof(float) && step % kStep<P> == 0 &&
+               width % kStep<P> == 0 && reinterpret_cast<uintptr_t>(x) % sizeof(float) == 0;
+  }
+
+  // `tall` rows from `row` on; those past the last are zero and lie in `room`.
+  Left at(int64_t row, int64_t tall, float* room) const {
+    const T* from = data + row * step;
+    if (in_place && row + tall <= count)
+      return {reinterpret_cast<const float*>(from), step / kStep<P>, 1};
+    pack_rows<P>(room, from, step, std::min(tall, count - row), tall, width);
+    return {room, cells<P>(width), 1};
+  }
+};
+
+// Pairs serve bf16 alone.
+template <class T>
+constexpr bool kPaired = kPairs && std::is_same<T, bf16>::value;
+
+}  // namespace tiles
+}  // namespace FB_NAMESPACE

@@ -1,0 +1,175 @@
+"""Products of frozen weights and of the thin factors of adapters, into given buffers.
+
+On a CPU each is one native call, which takes adapters as they are (float32 or bf16, lying or
+standing) and adds them inside the sums of the weight's product; the plain PyTorch form beside it
+is the truth and serves elsewhere. Sums are float32.
+
+Legend: M rows, K columns of activations, N columns of the result, R rank.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fourbit import native
+from fourbit.device import instruction_sets
+from fourbit.fused.scratch import SCRATCH
+from fourbit.ops.cpu.registry import pointer
+
+_FEW_ROWS = 96
+"""Below this many rows packing the other side costs more than a product of our own saves."""
+_FAST = {
+    "avx2": (torch.float32,),
+    "avx512": (torch.float32,),
+    "avx512_bf16": (torch.float32, torch.bfloat16),
+}
+"""What our products are faster in than torch's, by instruction set; measured on x86 only."""
+_ROWS, _LANES = 8, 16
+"""Upper bounds of kRows and kLanes of csrc/kernels/tiles.h."""
+_FLOAT = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def _native(x: Tensor, *factors: Tensor) -> bool:
+    if x.device.type != "cpu" or isinstance(x, FakeTensor) or x.shape[0] < _FEW_ROWS:
+        return False
+    if x.dtype not in _FAST.get(native.isa() or "", ()):
+        return False
+    return all(factor.dtype in (torch.float32, torch.bfloat16) for factor in factors)
+
+
+def _multiplies(x: Tensor, *factors: Tensor) -> bool:
+    if x.dtype == torch.bfloat16 and "amx_bf16" in instruction_sets():
+        return False  # the matrix unit is reached through torch's product only
+    return _native(x, *factors)
+
+
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    thin: tuple[Tensor, Tensor, float] | None = None,
+    bias: Tensor | None = None,
+    added: Tensor | None = None,
+) -> None:
+    """Writes ``x · weight + bias + scale * u · factor + added`` into ``out``.
+
+    Args:
+        x: ``[M, K]``, elements of a row side by side.
+        weight: ``[K, N]`` in the dtype of ``x``, any strides.
+        out: ``[M, N]``, elements of a row side by side.
+        thin: ``(u, factor, scale)`` of an adapter, u ``[M, R]`` like x and factor ``[R, N]``,
+            any strides, rounded to the dtype of ``x``.
+        bias: ``[N]`` in the dtype of ``x``.
+        added: ``[M, N]`` like ``out``, and not the same memory.
+    """
+    if not _multiplies(x, *(() if thin is None else (thin[1],))):
+        if bias is None:
+            torch.mm(x, weight, out=out)
+        else:
+            torch.addmm(bias, x, weight, out=out)
+        if thin is not None:
+            add_expanded_(out, thin[0], thin[1], scale=thin[2])
+        if added is not None:
+            out.add_(added)
+        return
+    u, factor, scale = thin or (x[:, :0], weight[:0], 1.0)
+    (rows, depth), width, rank = x.shape, out.shape[1], u.shape[1]
+    layout = _integers(
+        *(rows, depth, width, rank, x.stride(0), u.stride(0), out.stride(0)),
+        *(0 if added is None else added.stride(0), *weight.stride(), *factor.stride()),
+    )
+    room = ctypes.c_int64()
+    native.kernel("linear_room", "lllip")(
+        depth, rank, width, torch.get_num_threads(), ctypes.addressof(room)
+    )
+    wide_bias = None if bias is None else bias.float()
+    _call(
+        "linear_product",
+        "ppppifpppp",
+        x,
+        *(x.data_ptr(), weight.data_ptr(), u.data_ptr(), factor.data_ptr()),
+        *(native.DTYPES[factor.dtype], scale, pointer(wide_bias), pointer(added)),
+        *(out.data_ptr(), ctypes.addressof(layout)),
+        room=room.value,
+    )
+
+
+def reduce(x: Tensor, factor: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
+    """Writes ``scale * x · factorᵀ`` into ``out``.
+
+    Args:
+        x: ``[M, K]``, elements of a row side by side.
+        factor: ``[R, K]``, any strides; rounded to the dtype of ``x``.
+        out: ``[M, R]``, elements of a row side by side.
+        scale: applied to the sum.
+    """
+    (rows, depth), width = x.shape, factor.shape[0]
+    if not _native(x, factor):
+        torch.mm(x, factor.to(x.dtype).t(), out=out)
+        if scale != 1.0:
+            out.mul_(scale)
+        return
+    _call(
+        "low_rank_reduce",
+        "plpllipllllf",
+        x,
+        *(x.data_ptr(), x.stride(0), factor.data_ptr(), factor.stride(1), factor.stride(0)),
+        *(native.DTYPES[factor.dtype], out.data_ptr(), out.stride(0), rows, depth, width, scale),
+        room=depth * _padded(width) + torch.get_num_threads() * _ROWS * (_padded(width) + depth),
+    )
+
+
+def add_expanded_(y: Tensor, u: Tensor, factor: Tensor, *, scale: float = 1.0) -> None:
+    """Adds ``scale * u · factor`` to ``y``.
+
+    Args:
+        y: ``[M, N]``, elements of a row side by side.
+        u: ``[M, R]``, likewise.
+        factor: ``[R, N]``, any strides; rounded to the dtype of ``y``.
+        scale: applied to the sum.
+    """
+    y.addmm_(u, factor.to(y.dtype), alpha=scale)
+
+
+def gradient(u: Tensor, x: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
+    """Writes ``scale * uᵀ · x`` into ``out``.
+
+    Args:
+        u: ``[M, R]``, elements of a row side by side.
+        x: ``[M, K]``, likewise, in the same dtype.
+        out: ``[R, K]``, any strides; float32 or the dtype of ``x``.
+        scale: applied to the sum.
+    """
+    (rows, rank), width = u.shape, x.shape[1]
+    if not _native(x) or out.dtype != torch.float32:
+        out.copy_(u.t() @ x)
+        if scale != 1.0:
+            out.mul_(scale)
+        return
+    _call(
+        "low_rank_gradient",
+        "plplplllllf",
+        x,
+        *(u.data_ptr(), u.stride(0), x.data_ptr(), x.stride(0), out.data_ptr()),
+        *(*out.stride(), rows, rank, width, scale),
+        room=_padded(rank) * (rows + _padded(width)),
+    )
+
+
+def _padded(count: int) -> int:
+    return -(-count // _LANES) * _LANES
+
+
+def _integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _call(name: str, arguments: str, x: Tensor, *values: object, room: int) -> None:
+    buffer = SCRATCH.take("product", (room,), _FLOAT)
+    code = (buffer.data_ptr(), native.DTYPES[x.dtype], torch.get_num_threads())
+    native.kernel(name, arguments + "pii")(*values, *code)
