@@ -15,8 +15,8 @@ struct Factor {
   int64_t k_step, column_step;
   float scale;
 
-  Factor from_column(int64_t column) const {
-    return {data + column * column_step, k_step, column_step, scale};
+  Factor from(int64_t k, int64_t column) const {
+    return {data + k * k_step + column * column_step, k_step, column_step, scale};
   }
   template <class T>
   T at(int64_t k, int64_t column) const {
@@ -55,22 +55,25 @@ static void pack_factor(float* out, Factor<W> w, int64_t depth, int64_t width, i
 #if defined(__AVX512F__)
   for (; w.k_step == 1 && column + 16 <= width; column += 16) {
     const W* from = w.data + column * w.column_step;
-    int64_t k = 0;
-    for (; k + 16 <= whole; k += 16) {
+    for (int64_t k = 0; k < count; k += 16) {
+      const int64_t elements = std::min<int64_t>(16 * kStep<P>, depth - k * kStep<P>);
       vf block[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
-        T room[16 * kStep<P>];
+        T room[16 * kStep<P>] = {};
         const W* line = from + i * w.column_step + k * kStep<P>;
-        block[i] = cells_at<P>(rounded(line, 16 * kStep<P>, w.scale, room), 0);
+        if (elements == 16 * kStep<P>) {
+          block[i] = cells_at<P>(rounded(line, 16 * kStep<P>, w.scale, room), 0);
+        } else {
+          const T* some = rounded(line, elements, w.scale, room);
+          if (some != room) std::memcpy(room, some, elements * sizeof(T));
+          block[i] = cells_at<P>(static_cast<const T*>(room), 0);
+        }
       }
       transpose(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) store(out + (k + i) * wide + column, block[i]);
+      for (int i = 0; i < std::min<int64_t>(16, count - k); ++i)
+        store(out + (k + i) * wide + column, block[i]);
     }
-    for (; k < count; ++k)
-      for (int64_t i = 0; i < 16; ++i)
-        out[k * wide + column + i] = w.template cell<P, T>(k, column + i, depth);
   }
 #endif
   constexpr int64_t kLine = 128;

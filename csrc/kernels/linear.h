@@ -21,6 +21,7 @@ constexpr int kTall = 6, kWide = 4;
 constexpr int kTall = kRows, kWide = kColumns;
 #endif
 constexpr int64_t kPanel = kWide * kLanes;
+constexpr int64_t kPiece = 2048;  // of the depth, packed at once
 constexpr int64_t kNear = 32 << 10;  // floats of x that a thread takes at once, to stay in its cache
 constexpr int64_t kRoom = 1 << 20;  // floats of panels packed at once, one panel at least
 
@@ -108,13 +109,17 @@ static void run(Rows<P, T> x, Factor<T> w, Rows<P, T> u, Factor<F> factor, Targe
   float* lefts = room + group * all * kPanel;
   for (int64_t start = 0; start < panels; start += group) {
     const int64_t stop = std::min(start + group, panels);
-    parallel(stop - start, 1, threads, [=](int64_t begin, int64_t end, int) {
-      for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t column = (start + panel) * kPanel, part = std::min(kPanel, width - column);
-        float* to = room + panel * all * kPanel;
-        pack_factor<P, T>(to, w.from_column(column), x.width, part, kPanel);
-        pack_factor<P, T>(to + depth * kPanel, factor.from_column(column), u.width, part, kPanel);
-      }
+    // the last piece of a panel is the adapter's part
+    const int64_t pieces = (x.width + kPiece - 1) / kPiece + 1;
+    share((stop - start) * pieces, threads, [=](int64_t unit, int) {
+      const int64_t panel = unit / pieces, from = unit % pieces * kPiece;
+      const int64_t column = (start + panel) * kPanel, part = std::min(kPanel, width - column);
+      float* to = room + panel * all * kPanel;
+      if (unit % pieces + 1 == pieces)
+        pack_factor<P, T>(to + depth * kPanel, factor.from(0, column), u.width, part, kPanel);
+      else
+        pack_factor<P, T>(to + cells<P>(from) * kPanel, w.from(from, column),
+                          std::min(kPiece, x.width - from), part, kPanel);
     });
     const int64_t chunk = std::max<int64_t>(8, kNear / (kTall * all));
     const int64_t chunks = (blocks + chunk - 1) / chunk;

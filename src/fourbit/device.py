@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -247,7 +248,27 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    trim = _from_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def keep_freed_memory() -> None:
+    """From now on what is freed stays in the process, where the next step of a training needs it.
+
+    glibc would give the end of its heap back after every step and have it mapped and cleared anew
+    in the next. `release_memory` still gives it back.
+    """
+    options = _from_glibc("mallopt")
+    if options is not None:
+        # the first alone would leave everything above 128 KB to mappings of its own
+        options(_M_TRIM_THRESHOLD, 2**31 - 1)
+        options(_M_MMAP_THRESHOLD, 32 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+
+
+def _from_glibc(name: str) -> Callable[..., int] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

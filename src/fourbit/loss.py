@@ -17,7 +17,7 @@ from torch import Tensor
 from fourbit.ops import cross_entropy_rows_
 
 IGNORE = -100
-CHUNK_BYTES = 96 << 20
+CHUNK_BYTES = 64 << 20
 """Logits alive at once, were they float32; smaller chunks starve the matrix product."""
 
 

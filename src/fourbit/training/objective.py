@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from fourbit.data import Batch
+from fourbit.device import keep_freed_memory
 from fourbit.errors import InputError
 from fourbit.integrations.peft import base_model, head_weight
 from fourbit.integrations.prompts import prompt_length, prompted, with_prompt
@@ -44,6 +45,8 @@ class Objective:
         self._positions = "position_ids" in inspect.signature(self.base.forward).parameters
         self._transform = _logit_transform(self.base.config)
         self._wrapper = prompted(self.model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def device(self) -> torch.device:
