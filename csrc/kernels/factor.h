@@ -32,19 +32,21 @@ struct Factor {
   }
 };
 
-// `count` neighbours in memory as T; those of W itself where nothing is to be changed.
+// Whether elements of a factor are wanted as they lie in memory.
 template <class T, class W>
-FB_INLINE const T* rounded(const W* from, int64_t count, float scale, T* room) {
-  if constexpr (std::is_same<T, W>::value) {
-    if (scale == 1.0f) return from;
-  }
+FB_INLINE bool unchanged(const Factor<W>& w) {
+  return std::is_same<T, W>::value && w.scale == 1.0f;
+}
+
+// `count` neighbours in memory as T.
+template <class T, class W>
+FB_INLINE void rounded(const W* from, int64_t count, float scale, T* to) {
   if constexpr (std::is_same<W, float>::value) {
-    narrow(room, from, count, scale);
+    narrow(to, from, count, scale);
   } else {
 #pragma omp simd
-    for (int64_t i = 0; i < count; ++i) room[i] = from_float<T>(to_float(from[i]) * scale);
+    for (int64_t i = 0; i < count; ++i) to[i] = from_float<T>(to_float(from[i]) * scale);
   }
-  return room;
 }
 
 // out[cells(depth)][wide], columns past `width` zero.
@@ -55,20 +57,25 @@ static void pack_factor(float* out, Factor<W> w, int64_t depth, int64_t width, i
 #if defined(__AVX512F__)
   for (; w.k_step == 1 && column + 16 <= width; column += 16) {
     const W* from = w.data + column * w.column_step;
-    for (int64_t k = 0; k < count; k += 16) {
+    int64_t k = 0;
+    if (unchanged<T>(w)) {
+      for (; k + 16 <= whole; k += 16) {
+        vf block[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i)
+          block[i] = cells_at<P>(from + i * w.column_step + k * kStep<P>, 0);
+        transpose(block);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) store(out + (k + i) * wide + column, block[i]);
+      }
+    }
+    for (; k < count; k += 16) {
       const int64_t elements = std::min<int64_t>(16 * kStep<P>, depth - k * kStep<P>);
       vf block[16];
-#pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         T room[16 * kStep<P>] = {};
-        const W* line = from + i * w.column_step + k * kStep<P>;
-        if (elements == 16 * kStep<P>) {
-          block[i] = cells_at<P>(rounded(line, 16 * kStep<P>, w.scale, room), 0);
-        } else {
-          const T* some = rounded(line, elements, w.scale, room);
-          if (some != room) std::memcpy(room, some, elements * sizeof(T));
-          block[i] = cells_at<P>(static_cast<const T*>(room), 0);
-        }
+        rounded(from + i * w.column_step + k * kStep<P>, elements, w.scale, room);
+        block[i] = cells_at<P>(static_cast<const T*>(room), 0);
       }
       transpose(block);
       for (int i = 0; i < std::min<int64_t>(16, count - k); ++i)
@@ -79,14 +86,19 @@ static void pack_factor(float* out, Factor<W> w, int64_t depth, int64_t width, i
   constexpr int64_t kLine = 128;
   for (; w.column_step == 1 && column < width; column += kLine) {
     const int64_t part = std::min(kLine, width - column);
-    T rooms[kStep<P>][kLine];
     for (int64_t k = 0; k < whole; ++k) {
       const W* from = w.data + k * kStep<P> * w.k_step + column;
-      const T* first = rounded(from, part, w.scale, rooms[0]);
-      if constexpr (P)
-        join(out + k * wide + column, first, rounded(from + w.k_step, part, w.scale, rooms[1]), part);
-      else
-        join(out + k * wide + column, first, part);
+      float* to = out + k * wide + column;
+      if constexpr (std::is_same<T, W>::value) {
+        if (w.scale == 1.0f) {
+          join_rows<P>(to, from, w.k_step, part);
+          continue;
+        }
+      }
+      T rooms[kStep<P> * kLine];
+      for (int row = 0; row < kStep<P>; ++row)
+        rounded(from + row * w.k_step, part, w.scale, rooms + row * kLine);
+      join_rows<P>(to, static_cast<const T*>(rooms), kLine, part);
     }
     for (int64_t j = column; whole < count && j < column + part; ++j)
       out[whole * wide + j] = w.template cell<P, T>(whole, j, depth);

@@ -22,7 +22,7 @@ constexpr int kTall = kRows, kWide = kColumns;
 #endif
 constexpr int64_t kPanel = kWide * kLanes;
 constexpr int64_t kPiece = 2048;  // of the depth, packed at once
-constexpr int64_t kNear = 32 << 10;  // floats of x that a thread takes at once, to stay in its cache
+constexpr int64_t kNear = 48 << 10;  // floats of x that a thread takes at once, to stay in its cache
 constexpr int64_t kRoom = 1 << 20;  // floats of panels packed at once, one panel at least
 
 template <bool P, int R>

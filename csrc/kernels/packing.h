@@ -104,23 +104,30 @@ static void pack_columns(float* out, const T* in, int64_t step, int64_t count, i
   }
 }
 
-// Cells of one row, and of two neighbouring ones.
-template <class T>
-FB_INLINE void join(float* out, const T* row, int64_t width) {
-#pragma omp simd
-  for (int64_t j = 0; j < width; ++j) out[j] = to_float(row[j]);
-}
-
-FB_INLINE void join(float* out, const bf16* even, const bf16* odd, int64_t width) {
+// Cells of a row, or of the pair of neighbouring rows that begins with it.
+template <bool P, class T>
+FB_INLINE void join_rows(float* out, const T* row, int64_t step, int64_t width) {
   int64_t j = 0;
-#if defined(__AVX512F__)
-  for (; j + kLanes <= width; j += kLanes) {
-    __m512i cells = _mm512_or_si512((__m512i)widen(odd + j),
-                                    _mm512_srli_epi32((__m512i)widen(even + j), 16));
-    std::memcpy(out + j, &cells, sizeof(cells));
-  }
+  if constexpr (P) {
+    const T* next = row + step;
+#if defined(__AVX512BW__)
+    const __m512i low = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
+        39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
+      __m512i even, odd;
+      std::memcpy(&even, row + j, sizeof(even));
+      std::memcpy(&odd, next + j, sizeof(odd));
+      store(out + j, (vf)_mm512_permutex2var_epi16(even, low, odd));
+      store(out + j + kLanes, (vf)_mm512_permutex2var_epi16(even, high, odd));
+    }
 #endif
-  for (; j < width; ++j) out[j] = pair(even[j].bits, odd[j].bits);
+    for (; j < width; ++j) out[j] = pair(row[j].bits, next[j].bits);
+  } else {
+#pragma omp simd
+    for (j = 0; j < width; ++j) out[j] = to_float(row[j]);
+  }
 }
 
 // Pairs of rows (single rows, without pairs): out[cells(count)][wide], columns past `width` zero.
@@ -130,15 +137,10 @@ static void pack_neighbours(float* out, const T* in, int64_t step, int64_t count
   for (int64_t k = 0; k < cells<P>(count); ++k) {
     const T* from = in + k * kStep<P> * step;
     float* to = out + k * wide;
-    if constexpr (P) {
-      if (2 * k + 1 < count) {
-        join(to, from, from + step, width);
-      } else {
-        for (int64_t j = 0; j < width; ++j) to[j] = pair(from[j].bits, uint16_t{0});
-      }
-    } else {
-      join(to, from, width);
-    }
+    if (kStep<P> * (k + 1) <= count)
+      join_rows<P>(to, from, step, width);
+    else
+      for (int64_t j = 0; j < width; ++j) to[j] = cell_of<P>(from + j, 0, 1);
     for (int64_t j = width; j < wide; ++j) to[j] = 0.0f;
   }
 }
