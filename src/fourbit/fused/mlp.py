@@ -82,8 +82,9 @@ class _Mlp(torch.autograd.Function):
 
         def activated() -> Tensor:
             h = SCRATCH.take("activated", (x.shape[0], block.width), x)
-            form = {"kind": block.activation, "gated": block.gated}
-            activate_backward(wide, grad_activated, grad_wide, h, **form)
+            activate_backward(
+                wide, grad_activated, grad_wide, h, kind=block.activation, gated=block.gated
+            )
             return h
 
         def normed() -> Tensor:

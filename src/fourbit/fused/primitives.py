@@ -17,8 +17,8 @@ from fourbit.ops.cpu.dropout import run_dropout
 _KINDS = {"silu": 0, "gelu_tanh": 1}
 
 
-def _native(x: Tensor) -> bool:
-    # a plan runs the blocks on tensors without memory
+def native_serves(x: Tensor) -> bool:
+    """Whether there are native kernels for ``x``: a plan's tensors, for one, have no memory."""
     return x.device.type == "cpu" and not isinstance(x, FakeTensor) and native.isa() is not None
 
 
@@ -45,7 +45,7 @@ def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: i
     """
     width = x.shape[1] // groups
     if norm.bias is not None:
-        if _native(x):
+        if native_serves(x):
             pointers = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), y.data_ptr())
             sizes = (statistics.data_ptr(), x.shape[0], width, norm.eps)
             _call("layer_norm", "pppppllf", x, *pointers, *sizes)
@@ -56,7 +56,7 @@ def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: i
         statistics.copy_(torch.cat((mean, rstd), 1))
         y.copy_((wide - mean) * rstd * norm.weight.float() + norm.bias.float())
         return
-    if _native(x):
+    if native_serves(x):
         pointers = (x.data_ptr(), norm.weight.data_ptr(), y.data_ptr(), statistics.data_ptr())
         sizes = (x.shape[0], groups, width, x.stride(0), y.stride(0), norm.eps, norm.offset)
         _call("rms_norm", "pppplllllff", x, *pointers, *sizes)
@@ -91,7 +91,7 @@ def normalize_backward(
     width = x.shape[1] // groups
     extra = None if added is None else added.data_ptr()
     if norm.bias is not None:
-        if _native(x):
+        if native_serves(x):
             pointers = (grad.data_ptr(), x.data_ptr(), norm.weight.data_ptr())
             rest = (statistics.data_ptr(), extra, dx.data_ptr(), x.shape[0], width)
             _call("layer_norm_backward", "ppppppll", x, *pointers, *rest)
@@ -102,7 +102,7 @@ def normalize_backward(
         mean, dot = scaled.mean(1, keepdim=True), (scaled * xhat).mean(1, keepdim=True)
         result = rstd * (scaled - mean - xhat * dot)
     else:
-        if _native(x):
+        if native_serves(x):
             pointers = (grad.data_ptr(), x.data_ptr(), norm.weight.data_ptr())
             rest = (statistics.data_ptr(), extra, dx.data_ptr(), x.shape[0], groups, width)
             strides = (x.stride(0), dx.stride(0), norm.offset)
@@ -127,7 +127,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = Fal
         back: turn a gradient back instead.
     """
     head_dim, rotary = x.shape[1] // heads, cos.shape[1]
-    if _native(x):
+    if native_serves(x):
         sizes = (x.shape[0], heads, head_dim, rotary, x.stride(0), cos.shape[0], int(back))
         _call("rotate", "ppplllllli", x, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes)
         return
@@ -146,7 +146,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = Fal
 
 def activate(x: Tensor, h: Tensor, *, kind: str, gated: bool) -> None:
     """Writes ``act(a) * b`` (gated: a row of ``x`` is a, then b) or ``act(x)`` into ``h``."""
-    if _native(x):
+    if native_serves(x):
         sizes = (h.shape[0], h.shape[1], _KINDS[kind], int(gated))
         _call("activate", "ppllii", x, x.data_ptr(), h.data_ptr(), *sizes)
         return
@@ -163,7 +163,7 @@ def activate_backward(
     The result itself is written into ``h`` again, as `activate` does.
     """
     width = grad.shape[1]
-    if _native(x):
+    if native_serves(x):
         sizes = (grad.shape[0], width, _KINDS[kind], int(gated))
         pointers = (x.data_ptr(), grad.data_ptr(), dx.data_ptr(), h.data_ptr())
         _call("activate_backward", "ppppllii", x, *pointers, *sizes)
@@ -188,7 +188,7 @@ def drop(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool = False
 
     The mask is that of `ops.dropout_mask`.
     """
-    if _native(x):
+    if native_serves(x):
         run_dropout(x, out, seed=seed, dropout=dropout, add=add)
         return
     mask = ops.reference.dropout_mask(x, torch.tensor([seed]), dropout)

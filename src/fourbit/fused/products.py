@@ -13,10 +13,10 @@ import ctypes
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import native
 from fourbit.device import instruction_sets
+from fourbit.fused.primitives import native_serves
 from fourbit.fused.scratch import SCRATCH
 from fourbit.ops.cpu.registry import pointer
 
@@ -34,7 +34,7 @@ _FLOAT = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _native(x: Tensor, *factors: Tensor) -> bool:
-    if x.device.type != "cpu" or isinstance(x, FakeTensor) or x.shape[0] < _FEW_ROWS:
+    if not native_serves(x) or x.shape[0] < _FEW_ROWS:
         return False
     if x.dtype not in _FAST.get(native.isa() or "", ()):
         return False

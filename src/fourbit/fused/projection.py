@@ -1,4 +1,4 @@
-"""Several linear layers with adapters that read the same input, as one product.
+"""Several linear layers with adapters that read the same input, their results side by side.
 
 Legend: M rows, K columns of the input, N_i columns of the i-th result, r_i its rank.
 """
@@ -157,9 +157,19 @@ class Group:
             if not together:
                 self._add_dropped_(grad_x, reduced, As)
         x = make_x()
+        if together:
+            grads[::2] = self._gradients(joint, x, As)
+            return grads
         for (index, projection, _, seed), part in zip(self.adapted, reduced, strict=True):
             gradient(part, self._dropped(x, projection, seed), grads[2 * index])
         return grads
+
+    def _gradients(self, joint: Tensor, x: Tensor, As: Sequence[Tensor]) -> list[Tensor]:
+        """Of all A at once: x is read only once."""
+        whole = As[0].new_empty(joint.shape[1], x.shape[1])
+        gradient(joint, x, whole)
+        parts = whole.split([A.shape[0] for A in As])
+        return [part.to(A.dtype) for part, A in zip(parts, As, strict=True)]
 
     def _add_dropped_(self, grad_x: Tensor, parts: Sequence[Tensor], As: Sequence[Tensor]) -> None:
         for (index, projection, _, seed), part in zip(self.adapted, parts, strict=True):

@@ -38,15 +38,15 @@ class Residual:
             y = torch.empty_like(x)
             return y, (), product(y, x)
         if self.norm is None:
-            z = SCRATCH.take("result", tuple(x.shape), x)
+            result = SCRATCH.take("result", tuple(x.shape), x)
+            returned, kept = product(result, None), ()
+        else:
+            z = torch.empty_like(x)
             returned = product(z, None)
-            return torch.add(x, z, alpha=self.scale), (), returned
-        z = torch.empty_like(x)
-        returned = product(z, None)
-        statistics = statistics_like(z, self.norm)
-        normed = SCRATCH.take("result", tuple(x.shape), x)
-        normalize(z, self.norm, normed, statistics)
-        return torch.add(x, normed, alpha=self.scale), (z, statistics), returned
+            kept = z, statistics_like(z, self.norm)
+            result = SCRATCH.take("result", tuple(x.shape), x)
+            normalize(z, self.norm, result, kept[1])
+        return torch.add(x, result, alpha=self.scale), kept, returned
 
     def split(self, values: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """What `forward` kept, and the rest, from a sequence that begins with it."""
