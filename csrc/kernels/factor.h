@@ -90,7 +90,7 @@ static void pack_factor(float* out, Factor<W> w, int64_t depth, int64_t width, i
       const W* from = w.data + k * kStep<P> * w.k_step + column;
       float* to = out + k * wide + column;
       if constexpr (std::is_same<T, W>::value) {
-        if (w.scale == 1.0f) {
+        if (unchanged<T>(w)) {
           join_rows<P>(to, from, w.k_step, part);
           continue;
         }

@@ -25,25 +25,6 @@ constexpr int64_t kPiece = 2048;  // of the depth, packed at once
 constexpr int64_t kNear = 48 << 10;  // floats of x that a thread takes at once, to stay in its cache
 constexpr int64_t kRoom = 1 << 20;  // floats of panels packed at once, one panel at least
 
-template <bool P, int R>
-FB_INLINE const float* add_products(vf (&sums)[R][kWide], Left x, int64_t depth,
-                                    const float* right) {
-  for (int64_t k = 0; k < depth; ++k) {
-    vf columns[kWide];
-#pragma GCC unroll 4
-    for (int n = 0; n < kWide; ++n) columns[n] = load(right + n * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < R; ++m) {
-      vf cell = splat(x.data[m * x.row_step]);
-#pragma GCC unroll 4
-      for (int n = 0; n < kWide; ++n) sums[m][n] = mac<P>(sums[m][n], cell, columns[n]);
-    }
-    x.data += x.k_step;
-    right += kPanel;
-  }
-  return right;
-}
-
 // Where a block of y goes and what is added to it; `added` may be null.
 template <class T>
 struct Target {
@@ -64,8 +45,8 @@ __attribute__((noinline)) static void block(Left x, int64_t depth, Left u, int64
   for (int m = 0; m < R; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < kWide; ++n) sums[m][n] = vf{};
-  right = add_products<P>(sums, x, depth, right);
-  add_products<P>(sums, u, rank, right);
+  add_products<P>(sums, x, {right, kPanel}, depth);
+  add_products<P>(sums, u, {right + depth * kPanel, kPanel}, rank);
 #pragma GCC unroll 8
   for (int m = 0; m < R; ++m) {
     if (width == kPanel && target.added == nullptr) {

@@ -234,6 +234,24 @@ struct Right {
 
 enum class Into { kStore, kAdd };
 
+// sums[R, N vectors] += a[R, depth] * b[depth, ...].
+template <bool P, int R, int N>
+FB_INLINE void add_products(vf (&sums)[R][N], Left a, Right b, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    vf right[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) right[n] = load(b.data + n * kLanes);
+#pragma GCC unroll 8
+    for (int m = 0; m < R; ++m) {
+      vf left = splat(a.data[m * a.row_step]);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) sums[m][n] = mac<P>(sums[m][n], left, right[n]);
+    }
+    a.data += a.k_step;
+    b.data += b.k_step;
+  }
+}
+
 template <bool P, Into into, int N>
 FB_INLINE void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step) {
   vf acc[kRows][N];
@@ -242,19 +260,7 @@ FB_INLINE void tile(Left a, Right b, int64_t depth, float* c, int64_t c_step) {
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
       acc[m][n] = into == Into::kStore ? vf{} : load(c + m * c_step + n * kLanes);
-  for (int64_t k = 0; k < depth; ++k) {
-    vf right[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) right[n] = load(b.data + n * kLanes);
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-      vf left = splat(a.data[m * a.row_step]);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) acc[m][n] = mac<P>(acc[m][n], left, right[n]);
-    }
-    a.data += a.k_step;
-    b.data += b.k_step;
-  }
+  add_products<P>(acc, a, b, depth);
 #pragma GCC unroll 8
   for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 4
