@@ -31,7 +31,8 @@ static inline void by_type(int dtype, const Body& body) {
 #include "kernels/low_rank.h"
 #include "kernels/norm.h"
 #include "kernels/rotary.h"
-#include "kernels/quantize.h"
+#include "kernels/dequantize.h"
+#include "kernels/int8.h"
 #include "kernels/decode.h"
 
 namespace FB_NAMESPACE {

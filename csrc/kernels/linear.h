@@ -3,9 +3,11 @@
 //   y = x W + u F + bias + added     x [M, K], W [K, N], u [M, R], F [R, N], y, added [M, N]
 //
 // u F is summed as if the depth were K + R: it costs no pass over y of its own, and y is rounded
-// once. Columns of the right side are packed some panels at a time, so that they come from a cache.
+// once. Columns of the right side are packed some panels at a time, so that they come from a cache;
+// a 4-bit weight is decoded on the way, and stands nowhere whole.
 #pragma once
 
+#include "dequantize.h"
 #include "factor.h"
 
 namespace FB_NAMESPACE {
@@ -24,6 +26,46 @@ constexpr int64_t kPanel = kWide * kLanes;
 constexpr int64_t kPiece = 2048;  // of the depth, packed at once
 constexpr int64_t kNear = 48 << 10;  // floats of x that a thread takes at once, to stay in its cache
 constexpr int64_t kRoom = 1 << 20;  // floats of panels packed at once, one panel at least
+constexpr int64_t kDecoded = 8 << 10;  // bytes of weights decoded at once, to stay in the near cache
+
+template <bool P, class T, class W>
+static void pack_right(float* out, const Factor<W>& w, int64_t k, int64_t column, int64_t depth,
+                       int64_t width) {
+  pack_factor<P, T>(out, w.from(k, column), depth, width, kPanel);
+}
+
+// 4-bit weights with rows of one width, one under another, lying (k counts rows) or standing.
+struct Stored {
+  const Packed* parts;
+  int64_t width;
+  bool standing;
+
+  // Weights [from, from + count) of row `index`.
+  template <class T>
+  void decode(int64_t index, int64_t from, int64_t count, T* out) const {
+    const Packed* part = parts;
+    int64_t start = index * width;
+    for (; start >= part->count; ++part) start -= part->count;
+    unpack(*part, start + from, start + from + count, out);
+  }
+};
+
+template <bool P, class T>
+static void pack_right(float* out, const Stored& w, int64_t k, int64_t column, int64_t depth,
+                       int64_t width) {
+  constexpr int64_t kDeep = kDecoded / static_cast<int64_t>(sizeof(T)) / kPanel;
+  alignas(64) T weights[kDeep * kPanel];
+  for (int64_t at = 0; at < depth; at += kDeep) {
+    const int64_t count = std::min(kDeep, depth - at);
+    if (w.standing) {
+      for (int64_t j = 0; j < width; ++j) w.decode(column + j, k + at, count, weights + j * kDeep);
+    } else {
+      for (int64_t i = 0; i < count; ++i) w.decode(k + at + i, column, width, weights + i * kPanel);
+    }
+    Factor<T> decoded{weights, w.standing ? 1 : kPanel, w.standing ? kDeep : 1, 1.0f};
+    pack_factor<P, T>(out + cells<P>(at) * kPanel, decoded, count, width, kPanel);
+  }
+}
 
 // Where a block of y goes and what is added to it; `added` may be null.
 template <class T>
@@ -81,8 +123,8 @@ static void any_block(int64_t rows, Left x, int64_t depth, Left u, int64_t rank,
   }
 }
 
-template <bool P, class T, class F>
-static void run(Rows<P, T> x, Factor<T> w, Rows<P, T> u, Factor<F> factor, Target<T> whole,
+template <bool P, class T, class W, class F>
+static void run(Rows<P, T> x, W w, Rows<P, T> u, Factor<F> factor, Target<T> whole,
                 int64_t width, float* room, int threads) {
   const int64_t depth = cells<P>(x.width), rank = cells<P>(u.width), all = depth + rank;
   const int64_t panels = (width + kPanel - 1) / kPanel, blocks = (x.count + kTall - 1) / kTall;
@@ -99,8 +141,8 @@ static void run(Rows<P, T> x, Factor<T> w, Rows<P, T> u, Factor<F> factor, Targe
       if (unit % pieces + 1 == pieces)
         pack_factor<P, T>(to + depth * kPanel, factor.from(0, column), u.width, part, kPanel);
       else
-        pack_factor<P, T>(to + cells<P>(from) * kPanel, w.from(from, column),
-                          std::min(kPiece, x.width - from), part, kPanel);
+        pack_right<P, T>(to + cells<P>(from) * kPanel, w, from, column,
+                         std::min(kPiece, x.width - from), part);
     });
     const int64_t chunk = std::max<int64_t>(8, kNear / (kTall * all));
     const int64_t chunks = (blocks + chunk - 1) / chunk;
@@ -125,8 +167,9 @@ static void run(Rows<P, T> x, Factor<T> w, Rows<P, T> u, Factor<F> factor, Targe
 
 }  // namespace linear
 
-// How many floats of `room` the call below needs with these sizes.
-static void linear_room(int64_t depth, int64_t rank, int64_t width, int threads, int64_t* result) {
+// How many floats of `room` the product needs.
+static void linear_room(int64_t, int64_t depth, int64_t width, int64_t rank, int threads,
+                        int64_t* result) {
   const int64_t panels = (width + linear::kPanel - 1) / linear::kPanel;
   const int64_t panel = (depth + rank + 2) * linear::kPanel;
   *result = std::min(panels * panel, std::max(linear::kRoom, panel)) +
@@ -134,7 +177,9 @@ static void linear_room(int64_t depth, int64_t rank, int64_t width, int threads,
 }
 
 // `layout`: M, K, N, R; steps between rows of x, u, y and added; k and column steps of W, then of F.
-static void linear_product(const void* x, const void* w, const void* u, const void* factor,
+// W is `w`, or, where that is null, what `stored` decodes to.
+static void linear_product(const void* x, const void* w, const Packed* stored, const void* u,
+                           const void* factor,
                            int factor_dtype, float scale, const float* bias, const void* added,
                            void* y, const int64_t* layout, float* room, int dtype, int threads) {
   using namespace tiles;
@@ -149,7 +194,11 @@ static void linear_product(const void* x, const void* w, const void* u, const vo
       Factor<F> adapter{static_cast<const F*>(factor), layout[10], layout[11], scale};
       linear::Target<T> target{bias, static_cast<const T*>(added), layout[7], static_cast<T*>(y),
                                layout[6]};
-      linear::run<P, T>(left, weight, thin, adapter, target, layout[2], room, threads);
+      linear::Stored packed{stored, std::max(layout[8], layout[9]), layout[8] == 1};
+      if (w != nullptr)
+        linear::run<P, T>(left, weight, thin, adapter, target, layout[2], room, threads);
+      else
+        linear::run<P, T>(left, packed, thin, adapter, target, layout[2], room, threads);
     });
   });
 }

@@ -4,7 +4,6 @@
 //   gradient  g = scale uᵀ x    u [M, R], x [M, K], g float32
 //
 // Sums are float32 and rounded once. The way back out of the rank is part of `linear_product`.
-// The sizes of `room` (floats) stand beside the calls, in fourbit/fused/products.py.
 #pragma once
 
 #include "factor.h"
@@ -74,6 +73,18 @@ static void gradient(const T* u, int64_t u_step, const T* x, int64_t x_step, flo
 }
 
 }  // namespace low_rank
+
+// How many floats of `room` each of the two needs; as in `linear_room`, M rows, K, N, R.
+static void low_rank_reduce_room(int64_t, int64_t depth, int64_t, int64_t rank, int threads,
+                                 int64_t* result) {
+  *result = tiles::padded(rank) * depth +
+            threads * tiles::kRows * (tiles::padded(rank) + depth);
+}
+
+static void low_rank_gradient_room(int64_t rows, int64_t depth, int64_t, int64_t rank, int,
+                                   int64_t* result) {
+  *result = (rank + tiles::kRows) * (rows + tiles::padded(depth));
+}
 
 static void low_rank_reduce(const void* x, int64_t x_step, const void* w, int64_t k_step,
                              int64_t column_step, int w_dtype, void* out, int64_t out_step,

@@ -188,6 +188,11 @@ def kernel(name: str, arguments: str) -> Callable[..., None]:
     return _function(chosen, name, arguments)
 
 
+def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
+    """What C reads as ``int64_t[]``, or as a struct of 64-bit members; pass its address."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
 @lru_cache(maxsize=1024)
 def _function(chosen: str, name: str, arguments: str) -> Callable[..., None]:
     library = _loaded()[0]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourbit import native
 from fourbit.fused import products
+from fourbit.fused.weights import Weights
+from fourbit.linear import Linear4bit, QuantizedLinear
+from fourbit.quantize import QuantConfig
 
 DTYPES = [torch.float32, torch.bfloat16]
+QUANT_TYPES: list[Literal["nf4", "fp4"]] = ["nf4", "fp4"]
 SIZES = [*range(1, 70), 127, 128, 129, 513]
 
 
@@ -24,6 +29,7 @@ def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     # every size, on every set: what is measured to be faster is not the question here
     monkeypatch.setattr(products, "_native", lambda *tensors: True)
     monkeypatch.setattr(products, "_multiplies", lambda *tensors: True)
+    monkeypatch.setattr(products, "_DECODING", native.supported())
     with native.using(request.param):
         yield
 
@@ -83,6 +89,57 @@ def test_multiply(dtype: torch.dtype, standing: bool):
         close(out, wanted, dtype)
         out.fill_(float("nan"))
         assert whole.isnan().all(), "written outside of the result"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_packed_weight_gives_the_bits_of_the_expanded_one(
+    dtype: torch.dtype, transposed: bool, double_quant: bool
+):
+    for index, (rows, depth, height, rank, gap) in enumerate(list(cases())[::3]):
+        blocksize, quant_type = (64, 128, 4096)[index % 3], QUANT_TYPES[index % 2]
+        quant = QuantConfig(quant_type=quant_type, blocksize=blocksize, double_quant=double_quant)
+        heights = [height] if index % 2 else [height, 1 + index % 50, 64]
+        layers = tuple(packed_linear(depth, out, quant) for out in heights)
+        weights = Weights(layers).t() if transposed else Weights(layers)
+        expanded = torch.cat([layer.dequantize(dtype) for layer in layers])
+        expanded = expanded.t() if transposed else expanded
+        assert torch.equal(weights.expanded(expanded), expanded)
+        x = strided(rows, expanded.shape[0], dtype, gap=gap)
+        thin = (strided(rows, rank, dtype, gap=gap), torch.randn(rank, expanded.shape[1]), 0.5)
+        found = []
+        for weight in (expanded, weights):
+            found.append(poisoned(rows, expanded.shape[1], dtype=dtype))
+            products.multiply(x, weight, found[-1], thin=thin if rank else None)
+        assert torch.equal(*found)
+
+
+def packed_linear(depth: int, height: int, quant: QuantConfig) -> Linear4bit:
+    layer = QuantizedLinear.from_linear(nn.Linear(depth, height, bias=False), quant)
+    assert isinstance(layer, Linear4bit)
+    return layer
+
+
+@pytest.mark.parametrize("change", ["plain", "strided"])
+def test_a_weight_that_cannot_be_read_packed_is_expanded(change: str):
+    layer = packed_linear(96, 40, QuantConfig())
+    layers: tuple[Linear4bit | nn.Linear, ...] = (layer, nn.Linear(96, 8, bias=False))
+    if change == "strided":
+        holder = torch.zeros(40, 96, dtype=torch.uint8)
+        holder[:, ::2] = layer.weight
+        layer.weight = nn.Parameter(holder[:, ::2], requires_grad=False)
+        layers = (layer,)
+    weights = Weights(layers).t()
+    assert weights.packed() is None
+    x, wanted = torch.randn(33, 96), torch.cat([_matrix(layer) for layer in layers])
+    out = poisoned(33, wanted.shape[0])
+    products.multiply(x, weights, out)
+    close(out, x.double() @ wanted.double().t(), torch.float32)
+
+
+def _matrix(layer: Linear4bit | nn.Linear) -> Tensor:
+    return layer.dequantize() if isinstance(layer, Linear4bit) else layer.weight.detach()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

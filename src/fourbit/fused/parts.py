@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fourbit import ops
-from fourbit.fused.scratch import SCRATCH
 from fourbit.linear import Linear4bit
 
 _PATH = "_fourbit_path"
@@ -84,28 +82,6 @@ class Projection:
     def shape(self) -> tuple[int, int]:
         """``(N, K)``."""
         return self.base.out_features, self.base.in_features
-
-    def weight_into(self, out: Tensor) -> None:
-        """Writes the weight ``[N, K]``, expanded, into a contiguous buffer."""
-        if isinstance(out, FakeTensor):
-            return  # a plan's buffer has no memory to fill
-        if isinstance(self.base, Linear4bit):
-            ops.dequantize_into(
-                self.base.scales,
-                blocksize=self.base.blocksize,
-                quant_type=self.base.quant_type,
-                out=out,
-            )
-        else:
-            out.copy_(self.base.weight)
-
-    def weight(self, like: Tensor) -> Tensor:
-        """The weight ``[N, K]`` in the dtype of ``like``; valid until the next call."""
-        if not isinstance(self.base, Linear4bit):
-            return self.base.weight.detach().to(like.dtype)
-        expanded = SCRATCH.take("weight", self.shape, like)
-        self.weight_into(expanded)
-        return expanded
 
 
 def observer(hook: Callable[..., None]) -> Callable[..., None]:

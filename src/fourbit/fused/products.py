@@ -10,6 +10,7 @@ Legend: M rows, K columns of activations, N columns of the result, R rank.
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fourbit import native
 from fourbit.device import instruction_sets
 from fourbit.fused.primitives import native_serves
 from fourbit.fused.scratch import SCRATCH
+from fourbit.fused.weights import Weights
 from fourbit.ops.cpu.registry import pointer
 
 _FEW_ROWS = 96
@@ -28,8 +30,8 @@ _FAST = {
     "avx512_bf16": (torch.float32, torch.bfloat16),
 }
 """What our products are faster in than torch's, by instruction set; measured on x86 only."""
-_ROWS, _LANES = 8, 16
-"""Upper bounds of kRows and kLanes of csrc/kernels/tiles.h."""
+_DECODING = ("avx512", "avx512_bf16")
+"""Where decoding inside a product beats decoding before it: panels are as wide as a block."""
 _FLOAT = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
@@ -49,7 +51,7 @@ def _multiplies(x: Tensor, *factors: Tensor) -> bool:
 
 def multiply(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weights,
     out: Tensor,
     *,
     thin: tuple[Tensor, Tensor, float] | None = None,
@@ -60,42 +62,47 @@ def multiply(
 
     Args:
         x: ``[M, K]``, elements of a row side by side.
-        weight: ``[K, N]`` in the dtype of ``x``, any strides.
+        weight: ``[K, N]``; a tensor in the dtype of ``x``, any strides.
         out: ``[M, N]``, elements of a row side by side.
         thin: ``(u, factor, scale)`` of an adapter, u ``[M, R]`` like x and factor ``[R, N]``,
             any strides, rounded to the dtype of ``x``.
         bias: ``[N]`` in the dtype of ``x``.
         added: ``[M, N]`` like ``out``, and not the same memory.
     """
-    if not _multiplies(x, *(() if thin is None else (thin[1],))):
+    fields = None
+    ours = _multiplies(x, *(() if thin is None else (thin[1],)))
+    if isinstance(weight, Weights):
+        fields = weight.packed() if ours and native.isa() in _DECODING else None
+        strides = weight.strides
+        plain = weight.expanded(x) if fields is None else None
+    else:
+        plain, strides = weight, weight.stride()
+    if plain is not None and not ours:
         if bias is None:
-            torch.mm(x, weight, out=out)
+            torch.mm(x, plain, out=out)
         else:
-            torch.addmm(bias, x, weight, out=out)
+            torch.addmm(bias, x, plain, out=out)
         if thin is not None:
             add_expanded_(out, thin[0], thin[1], scale=thin[2])
         if added is not None:
             out.add_(added)
         return
-    u, factor, scale = thin or (x[:, :0], weight[:0], 1.0)
+    u, factor, scale = thin or (x[:, :0], x[:0], 1.0)
     (rows, depth), width, rank = x.shape, out.shape[1], u.shape[1]
-    layout = _integers(
+    stored = None if fields is None else native.integers(*fields)
+    layout = native.integers(
         *(rows, depth, width, rank, x.stride(0), u.stride(0), out.stride(0)),
-        *(0 if added is None else added.stride(0), *weight.stride(), *factor.stride()),
-    )
-    room = ctypes.c_int64()
-    native.kernel("linear_room", "lllip")(
-        depth, rank, width, torch.get_num_threads(), ctypes.addressof(room)
+        *(0 if added is None else added.stride(0), *strides, *factor.stride()),
     )
     wide_bias = None if bias is None else bias.float()
     _call(
         "linear_product",
-        "ppppifpppp",
+        "pppppifpppp",
         x,
-        *(x.data_ptr(), weight.data_ptr(), u.data_ptr(), factor.data_ptr()),
-        *(native.DTYPES[factor.dtype], scale, pointer(wide_bias), pointer(added)),
-        *(out.data_ptr(), ctypes.addressof(layout)),
-        room=room.value,
+        *(x.data_ptr(), pointer(plain), None if stored is None else ctypes.addressof(stored)),
+        *(u.data_ptr(), factor.data_ptr(), native.DTYPES[factor.dtype], scale),
+        *(pointer(wide_bias), pointer(added), out.data_ptr(), ctypes.addressof(layout)),
+        room=_room("linear_room", rows, depth, width, rank),
     )
 
 
@@ -108,7 +115,7 @@ def reduce(x: Tensor, factor: Tensor, out: Tensor, *, scale: float = 1.0) -> Non
         out: ``[M, R]``, elements of a row side by side.
         scale: applied to the sum.
     """
-    (rows, depth), width = x.shape, factor.shape[0]
+    (rows, depth), rank = x.shape, factor.shape[0]
     if not _native(x, factor):
         torch.mm(x, factor.to(x.dtype).t(), out=out)
         if scale != 1.0:
@@ -119,8 +126,8 @@ def reduce(x: Tensor, factor: Tensor, out: Tensor, *, scale: float = 1.0) -> Non
         "plpllipllllf",
         x,
         *(x.data_ptr(), x.stride(0), factor.data_ptr(), factor.stride(1), factor.stride(0)),
-        *(native.DTYPES[factor.dtype], out.data_ptr(), out.stride(0), rows, depth, width, scale),
-        room=depth * _padded(width) + torch.get_num_threads() * _ROWS * (_padded(width) + depth),
+        *(native.DTYPES[factor.dtype], out.data_ptr(), out.stride(0), rows, depth, rank, scale),
+        room=_room("low_rank_reduce_room", rows, depth, 0, rank),
     )
 
 
@@ -157,16 +164,19 @@ def gradient(u: Tensor, x: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
         x,
         *(u.data_ptr(), u.stride(0), x.data_ptr(), x.stride(0), out.data_ptr()),
         *(*out.stride(), rows, rank, width, scale),
-        room=_padded(rank) * (rows + _padded(width)),
+        room=_room("low_rank_gradient_room", rows, width, 0, rank),
     )
 
 
-def _padded(count: int) -> int:
-    return -(-count // _LANES) * _LANES
+def _room(name: str, *sizes: int) -> int:
+    return _asked(native.isa(), torch.get_num_threads(), name, sizes)
 
 
-def _integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(values))(*values)
+@lru_cache(maxsize=1024)
+def _asked(_isa: str | None, threads: int, name: str, sizes: tuple[int, ...]) -> int:
+    found = ctypes.c_int64()
+    native.kernel(name, "llllip")(*sizes, threads, ctypes.addressof(found))
+    return found.value
 
 
 def _call(name: str, arguments: str, x: Tensor, *values: object, room: int) -> None:

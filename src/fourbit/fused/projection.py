@@ -17,6 +17,7 @@ from fourbit.fused.parts import Projection
 from fourbit.fused.primitives import drop
 from fourbit.fused.products import add_expanded_, gradient, multiply, reduce
 from fourbit.fused.scratch import SCRATCH
+from fourbit.fused.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,6 @@ class Group:
         """A and B of each adapter in turn: what autograd is told this group depends on."""
         return [t for _, p, _, _ in self.adapted for t in (p.lora_A, p.lora_B) if t is not None]
 
-    def weight(self, like: Tensor) -> Tensor:
-        """The joint weight ``[N, K]`` in the dtype of ``like``; valid until the next call."""
-        if len(self.projections) == 1:
-            return self.projections[0].weight(like)
-        joint = SCRATCH.take("weight", (self.width, self.projections[0].shape[1]), like)
-        for projection, columns in self.parts:
-            projection.weight_into(joint[columns])
-        return joint
-
     def forward(
         self, x: Tensor, adapters: Sequence[Tensor], out: Tensor, added: Tensor | None = None
     ) -> list[Tensor]:
@@ -91,7 +83,7 @@ class Group:
             bias = projection.base.bias
             multiply(
                 x,
-                projection.weight(x).t(),
+                Weights((projection.base,)).t(),
                 out[:, columns],
                 thin=thin.get(columns.start),
                 bias=None if bias is None else bias.detach().to(x.dtype),
@@ -153,7 +145,8 @@ class Group:
         together = As and not self._dropping
         if grad_x is not None:
             thin = (joint, _joined(As), 1.0) if together else None
-            multiply(grad, self.weight(grad), grad_x, thin=thin)
+            weights = Weights(tuple(p.base for p in self.projections))
+            multiply(grad, weights, grad_x, thin=thin)
             if not together:
                 self._add_dropped_(grad_x, reduced, As)
         x = make_x()

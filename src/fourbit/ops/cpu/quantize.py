@@ -6,7 +6,7 @@ to the plain PyTorch kernel, which has the error messages too.
 
 from __future__ import annotations
 
-import math
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +49,7 @@ def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tens
 @cpu_kernel("quantize_absmax")
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `fourbit.ops.reference.quantize_absmax`; the mean stays torch's, sum by sum."""
-    if absmax.dtype != torch.float32 or absmax.numel() == 0:
+    if not _served(absmax) or absmax.dtype != torch.float32 or absmax.numel() == 0:
         return reference.quantize_absmax(absmax)
     absmax = absmax.contiguous()
     offset = reference.nested_mean(absmax)
@@ -82,10 +82,10 @@ def dequantize_4bit(
 ) -> Tensor:
     """As `fourbit.ops.reference.dequantize_4bit`."""
     scales = packed, absmax, nested_absmax, nested_offset
-    if dtype in native.DTYPES and _complete(scales, blocksize, math.prod(shape)):
+    if dtype in native.DTYPES:
         out = torch.empty(tuple(shape), dtype=dtype, device=_CPU)
-        _dequantize(scales, blocksize, quant_type, out, 0)
-        return out
+        if _dequantize(scales, blocksize, quant_type, out, 0):
+            return out
     return reference.dequantize_4bit(*scales, blocksize, quant_type, shape, dtype)
 
 
@@ -100,22 +100,43 @@ def dequantize_into(
     """See `fourbit.ops.dequantize_into`."""
     assert out.is_contiguous()
     stop = first + out.numel()
-    if _served(out) and _complete(scales, blocksize, stop):
-        _dequantize(scales, blocksize, quant_type, out, first)
+    if _served(out) and _dequantize(scales, blocksize, quant_type, out, first):
         return out
     whole = torch.ops.fourbit.dequantize_4bit(*scales, blocksize, quant_type, [stop], out.dtype)
     return out.copy_(whole[first:].view(out.shape))
 
 
+def packed_fields(
+    scales: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    *,
+    blocksize: int,
+    quant_type: str,
+    count: int,
+) -> list[int] | None:
+    """``count`` weights as the C struct ``Packed``, valid as long as the tensors live.
+
+    None where the tensors do not hold what that many need in the form native code reads.
+    """
+    if not _complete(scales, blocksize, count):
+        return None
+    packed, absmax, nested_absmax, nested_offset = scales
+    nested = [0, 0, 0]
+    if nested_absmax is not None and nested_offset is not None:
+        map_ = codebook.signed_dynamic_map(_CPU)
+        nested = [nested_absmax.data_ptr(), map_.data_ptr(), nested_offset.data_ptr()]
+    table = codebook.code(quant_type, _CPU).data_ptr()
+    return [packed.data_ptr(), absmax.data_ptr(), *nested, table, blocksize, count]
+
+
 def _complete(
     scales: tuple[Tensor, Tensor, Tensor | None, Tensor | None], blocksize: int, count: int
 ) -> bool:
-    """Whether the tensors hold what ``count`` weights need, in the form native code reads."""
     packed, absmax, nested_absmax, nested_offset = scales
     if native.isa() is None or blocksize not in codebook.BLOCKSIZES:
         return False
-    if any(part is not None and part.device != _CPU for part in scales):
-        return False
+    for part in scales:
+        if part is not None and (part.device != _CPU or not part.is_contiguous()):
+            return False
     blocks = -(-count // blocksize)
     if packed.dtype != torch.uint8 or packed.numel() < (count + 1) // 2 or absmax.numel() < blocks:
         return False
@@ -136,25 +157,29 @@ def _dequantize(
     quant_type: str,
     out: Tensor,
     first: int,
-) -> None:
-    packed, absmax, nested_absmax, nested_offset = (
-        None if part is None else part.contiguous() for part in scales
+) -> bool:
+    """Fills ``out`` with the weights from ``first`` on; False where native code cannot."""
+    packed, absmax, *nested = scales
+    nested_absmax, nested_offset = (None if t is None else t.contiguous() for t in nested)
+    packed, absmax = packed.contiguous(), absmax.contiguous()
+    fields = packed_fields(
+        (packed, absmax, nested_absmax, nested_offset),
+        blocksize=blocksize,
+        quant_type=quant_type,
+        count=first + out.numel(),
     )
-    double = nested_absmax is not None and nested_offset is not None
-    native.kernel("dequantize_4bit", "ppppppplllii")(
-        pointer(packed),
-        pointer(absmax),
-        pointer(nested_absmax) if double else None,
-        codebook.signed_dynamic_map(_CPU).data_ptr(),
-        pointer(nested_offset) if double else None,
-        codebook.code(quant_type, _CPU).data_ptr(),
+    if fields is None:
+        return False
+    struct = native.integers(*fields)
+    native.kernel("dequantize_4bit", "ppllii")(
+        ctypes.addressof(struct),
         out.data_ptr(),
         first,
         out.numel(),
-        blocksize,
         native.DTYPES[out.dtype],
         threads(),
     )
+    return True
 
 
 @cpu_kernel("quantize_int8")
