@@ -38,6 +38,7 @@ template <bool P, class T>
 static void pack_rows(float* out, const T* in, int64_t step, int64_t count, int64_t total,
                       int64_t width) {
   const int64_t depth = cells<P>(width);
+  if (width == 0) return;  // `in` may be null
   for (int64_t row = 0; row < count; ++row) {
     float* to = out + row * depth;
     const T* from = in + row * step;
