@@ -23,6 +23,7 @@ static inline void by_type(int dtype, const Body& body) {
 }  // namespace FB_NAMESPACE
 
 #include "half.h"
+#include "kernels/adamw.h"
 #include "kernels/activation.h"
 #include "kernels/dropout.h"
 #include "kernels/attention_backward.h"

@@ -4,6 +4,8 @@
 #define FB_KERNELS(X)        \
   X(activate)                \
   X(activate_backward)       \
+  X(adamw_32bit)             \
+  X(adamw_8bit)              \
   X(attention_backward)      \
   X(attention_forward)       \
   X(attention_scratch)       \

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from fourbit.errors import FourbitError
-from fourbit.optim import OptimConfig
 from fourbit.quantize import QuantConfig
 from fourbit.sources import resolve_source
 
@@ -190,9 +189,3 @@ def test_pictures_are_drawn_and_a_missing_model_is_one_line(
     assert capsys.readouterr().err.startswith(
         "real-weights.png not drawn: error[no-such-model] nowhere: no such file or folder"
     )
-
-
-def test_paging_is_still_what_the_page_says() -> None:
-    # When this fails, paging was built: memory.md says that it is not.
-    with pytest.raises(ValueError, match="not built yet"):
-        OptimConfig(paged="always")

@@ -82,6 +82,7 @@ def test_tables(quant_type: str) -> None:
 
 def test_dynamic_map() -> None:
     assert torch.equal(bnb.create_dynamic_map(signed=True), codebook.signed_dynamic_map(CPU))
+    assert torch.equal(bnb.create_dynamic_map(signed=False), codebook.unsigned_dynamic_map(CPU))
 
 
 @pytest.mark.parametrize("blocksize", oracles.BLOCKSIZES)

@@ -116,15 +116,35 @@ def test_prompts_are_counted_exactly(name, kind):
     check_exact(name, replace(SHAPE, method=method, prompt=prompt))
 
 
+@pytest.mark.parametrize("optim", [{"optim_bits": 8}, {"paged": "always"}, {"paged": "off"}])
+def test_optimizer_state_is_counted_exactly(optim):
+    check_exact("llama", replace(SHAPE, method="full", optim=OptimConfig(**optim)))
+
+
+def test_a_plan_that_does_not_fit_pages_at_last(monkeypatch):
+    shape = replace(SHAPE, method="full", checkpointing="auto")
+    large = tiny_config("llama")
+    large.hidden_size, large.intermediate_size, large.vocab_size = 768, 3072, 20_000
+    roomy = plan_training(large, shape, device=CPU)
+    assert (roomy.checkpointing, roomy.paged) == (False, False)
+    assert roomy.parts["optimizer"] > 3 << 24
+    for available, wanted in ((roomy.peak_bytes - 1, (True, False)), (1, (True, True))):
+        monkeypatch.setattr("fourbit.planner._available", lambda device, n=available: n)
+        plan = plan_training(large, shape, device=CPU)
+        assert (plan.checkpointing, plan.paged) == wanted
+    assert plan.parts["optimizer"] == 3 << 24
+    never = replace(shape, optim=OptimConfig(paged="off"))
+    assert not plan_training(large, never, device=CPU).paged
+
+
 def check_exact(name, shape):
     plan = plan_training(tiny_config(name), shape, device=CPU)
     model = trained_model(name, shape)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = build_optimizer(iter(trainable), OptimConfig())
+    optimizer = build_optimizer(iter(trainable), shape.optim)
     for parameter in trainable:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    moments = [t for s in optimizer.state.values() for t in s.values() if t.dim()]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     weights, adapters = size(frozen), size(trainable)
     if shape.method == "full":
@@ -132,7 +152,7 @@ def check_exact(name, shape):
     assert plan.parts["weights"] == weights
     assert plan.parts["adapters"] == adapters
     assert plan.parts["gradients"] == size(p.grad for p in trainable)
-    assert plan.parts["optimizer"] == size(moments)
+    assert plan.parts["optimizer"] == optimizer.stats.resident_bytes
     assert plan.trainable == sum(p.numel() for p in trainable)
     assert plan.peak_bytes == sum(plan.parts.values())
 

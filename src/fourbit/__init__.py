@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fourbit.merging.result import MergeOptions as MergeOptions
     from fourbit.merging.result import MergeResult as MergeResult
     from fourbit.merging.run import merge as merge
+    from fourbit.optim import AdamW as AdamW
     from fourbit.optim import OptimConfig as OptimConfig
     from fourbit.prompts import PromptSettings as PromptSettings
     from fourbit.quantize import QuantConfig as QuantConfig
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fourbit.training.run import train as train
 
 _HOMES = {
+    "AdamW": "fourbit.optim",
     "DataConfig": "fourbit.data.config",
     "FourbitConfig": "fourbit.integrations.transformers",
     "FourbitError": "fourbit.errors",

@@ -52,6 +52,7 @@ def plan(
             length=run.data.max_length,
             checkpointing=run.gradient_checkpointing,
             prompt=run.prompt,
+            optim=run.optim,
         ),
         device=target,
     )

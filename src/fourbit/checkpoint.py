@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,15 +46,37 @@ class Checkpoint:
 
     Attributes:
         step: optimizer steps done when it was written.
-        tensors: file name to tensor name to CPU tensor; no file stays mapped.
+        tensors: file name to tensor name to CPU tensor; no file stays mapped. Files that were
+            asked for lazily are read tensor by tensor, each time anew.
         documents: file name to what its JSON holds (tuples come back as lists, keys as strings).
         identity: what the run was when it was written; see :func:`require_same_identity`.
     """
 
     step: int
-    tensors: dict[str, dict[str, torch.Tensor]]
+    tensors: dict[str, Mapping[str, torch.Tensor]]
     documents: dict[str, Any]
     identity: dict[str, Any]
+
+
+class _OnDemand(Mapping[str, torch.Tensor]):
+    """The tensors of a file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safetensors.safe_open(path, framework="pt") as file:
+            self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safetensors.safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class Difference(NamedTuple):
@@ -125,8 +148,13 @@ def verify(path: Path) -> list[str]:
     return problems
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, *, lazily: AbstractSet[str] = frozenset()) -> Checkpoint:
     """Reads a checkpoint after verifying every byte of it.
+
+    Args:
+        path: its folder.
+        lazily: files whose tensors are read one by one when they are asked for, as long as the
+            checkpoint is there: for state that need not fit into memory at once.
 
     Raises:
         ModelError: naming the file that is wrong.
@@ -135,12 +163,14 @@ def load(path: Path) -> Checkpoint:
     if problems:
         raise _corrupt(path, problems)
     manifest, _ = _read_manifest(path)
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
+    tensors: dict[str, Mapping[str, torch.Tensor]] = {}
     documents: dict[str, Any] = {}
     for name in manifest["files"]:
         try:
             if name.endswith(".json"):
                 documents[name] = json.loads((path / name).read_bytes())
+            elif name in lazily:
+                tensors[name] = _OnDemand(path / name)
             else:
                 # Cloned, so that no tensor depends on a file that retention may delete.
                 mapped = safetensors.torch.load_file(path / name)
@@ -370,19 +400,16 @@ def _write(path: Path, put: Any) -> dict[str, Any]:
 def _put_tensors(out: _HashingFile, tensors: Mapping[str, torch.Tensor]) -> None:
     # Written here and not by safetensors: one device tensor at a time is in host memory, views of
     # one buffer are welcome, and a full disk is an OSError.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    kinds = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
+    order = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
     header: dict[str, Any] = {}
     offset = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"tensor {name!r} has a dtype no checkpoint holds: {tensor.dtype}")
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        dtype, shape = kinds[name]
+        if dtype not in DTYPES:
+            raise ValueError(f"tensor {name!r} has a dtype no checkpoint holds: {dtype}")
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     data = json.dumps(header).encode()
     data += b" " * (-len(data) % 8)

@@ -130,19 +130,43 @@ def signed_dynamic_map(device: torch.device) -> Tensor:
     For each exponent ``10**(i-6)``, ``i = 0..6``, the midpoints of ``2**i`` equal steps between
     0.1 and 1, with both signs, and besides them 0 and 1.
     """
-    values: list[float] = [0.0, 1.0]
-    for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
-        positive = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += positive.tolist() + (-positive).tolist()
+    positive = _dynamic(0)
+    values = [-value for value in positive] + [0.0, *positive, 1.0]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=64)
-def nested_thresholds(device: torch.device) -> Tensor:
+def unsigned_dynamic_map(device: torch.device) -> Tensor:
+    """The same without a sign and with twice the steps; code 0 is exactly 0.
+
+    For second moments of Adam (arXiv 2110.02861, section 1.3).
+    """
+    return torch.tensor(sorted([0.0, *_dynamic(1), 1.0]), dtype=torch.float32, device=device)
+
+
+def _dynamic(finer: int) -> list[float]:
+    values: list[float] = []
+    for exponent in range(7):
+        steps = 2 ** (exponent + finer)
+        edges = torch.linspace(0.1, 1, steps + 1, dtype=torch.float32, device="cpu")
+        values += (10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+    return values
+
+
+@lru_cache(maxsize=64)
+def signed_thresholds(device: torch.device) -> Tensor:
     """The 255 float32 midpoints between neighbours of `signed_dynamic_map`, ascending."""
-    values = signed_dynamic_map(torch.device("cpu"))
-    return ((values[:-1] + values[1:]) / 2).to(device)
+    return _midpoints(signed_dynamic_map(torch.device("cpu"))).to(device)
+
+
+@lru_cache(maxsize=64)
+def unsigned_thresholds(device: torch.device) -> Tensor:
+    """The 255 float32 midpoints between neighbours of `unsigned_dynamic_map`, ascending."""
+    return _midpoints(unsigned_dynamic_map(torch.device("cpu"))).to(device)
+
+
+def _midpoints(values: Tensor) -> Tensor:
+    return (values[:-1] + values[1:]) / 2
 
 
 def normal_float(bits: int) -> Tensor:

@@ -33,6 +33,7 @@ from fourbit.linear import parameter_counts
 from fourbit.lora import LoraSettings
 from fourbit.loss import CHUNK_BYTES
 from fourbit.methods import Method, quantized_base, trains_prompt
+from fourbit.optim import OptimConfig, resident_bytes
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 
@@ -52,6 +53,7 @@ class TrainingShape:
     length: int
     checkpointing: Literal["auto", "none", "all"] = "auto"
     prompt: PromptSettings = PromptSettings()
+    optim: OptimConfig = OptimConfig()
 
     @property
     def positions(self) -> int:
@@ -69,6 +71,7 @@ class Plan:
         peak_bytes: highest sum during a step.
         available_bytes: memory of the device that is free now.
         checkpointing: whether activations are recomputed.
+        paged: whether only some pages of the optimizer's state are in memory.
         trainable: trainable parameters.
         parameters: all parameters, unpacked.
     """
@@ -77,6 +80,7 @@ class Plan:
     peak_bytes: int
     available_bytes: int | None
     checkpointing: bool
+    paged: bool
     trainable: int
     parameters: int
 
@@ -96,10 +100,11 @@ class Plan:
         parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.parts.items())
         fits = {True: "fits", False: "does NOT fit", None: "free memory unknown"}[self.fits]
         free = f" of {_megabytes(self.available_bytes)} free" if self.available_bytes else ""
-        recompute = ", activations recomputed" if self.checkpointing else ""
+        how = ", activations recomputed" if self.checkpointing else ""
+        how += ", optimizer state paged" if self.paged else ""
         return [
             f"plan: {parts}",
-            f"plan: peak {_megabytes(self.peak_bytes)}{free}: {fits}{recompute}",
+            f"plan: peak {_megabytes(self.peak_bytes)}{free}: {fits}{how}",
         ]
 
 
@@ -110,7 +115,8 @@ def _megabytes(size: int | None) -> str:
 def plan_training(config: PretrainedConfig, shape: TrainingShape, *, device: torch.device) -> Plan:
     """Plans a run; no weight is read.
 
-    ``gradient_checkpointing: auto`` becomes ``all`` when the run would not fit without it.
+    What is ``auto`` gives way one after the other while the run would not fit: activations are
+    recomputed (``gradient_checkpointing``), then the optimizer's state is paged (``optim.paged``).
 
     Args:
         config: the model's architecture.
@@ -118,10 +124,13 @@ def plan_training(config: PretrainedConfig, shape: TrainingShape, *, device: tor
         device: where it will run.
     """
     available = _available(device)
-    recompute = shape.checkpointing == "all"
-    plan = _plan(config, shape, device, available, recompute=recompute)
+    recompute, paged = shape.checkpointing == "all", shape.optim.paged == "always"
+    plan = _plan(config, shape, device, available, recompute=recompute, paged=paged)
     if shape.checkpointing == "auto" and plan.fits is False:
-        plan = _plan(config, shape, device, available, recompute=True)
+        recompute = True
+        plan = _plan(config, shape, device, available, recompute=recompute, paged=paged)
+    if shape.optim.paged == "auto" and plan.fits is False:
+        plan = _plan(config, shape, device, available, recompute=recompute, paged=True)
     return plan
 
 
@@ -132,6 +141,7 @@ def _plan(
     available: int | None,
     *,
     recompute: bool,
+    paged: bool,
 ) -> Plan:
     model = _skeleton(config, shape)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -145,7 +155,9 @@ def _plan(
             "weights": sum(_bytes(p) for p in model.parameters()) - adapters,
             "adapters": adapters,
             "gradients": adapters,
-            "optimizer": 2 * adapters,
+            "optimizer": resident_bytes(
+                (p.numel() for p in trainable), optim_bits=shape.optim.optim_bits, paged=paged
+            ),
             "activations": activations,
             "logits": _logits(config, shape),
             "workspace": _workspace(model, shape),
@@ -158,6 +170,7 @@ def _plan(
         peak_bytes=sum(parts.values()),
         available_bytes=available,
         checkpointing=recompute,
+        paged=paged,
         trainable=count,
         parameters=total,
     )

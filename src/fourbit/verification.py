@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
 from fourbit.sources import resolve_source
 from fourbit.training import prompt_checks
-from fourbit.training.adapter import ADAPTER_FILE, SAVE_DTYPES
+from fourbit.training.adapter import ADAPTER_FILE, OPTIMIZER_FILE, SAVE_DTYPES
 from fourbit.training.config import TrainConfig
 
 
@@ -153,7 +154,7 @@ def _check_checkpoints(receipt: Receipt, run: RunDir, config: TrainConfig) -> No
     path = folder / checkpoint.step_name(step) if isinstance(step, int) else None
     if problems or path is None or not path.is_dir():
         return
-    saved = checkpoint.load(path)
+    saved = checkpoint.load(path, lazily={OPTIMIZER_FILE})
     adapter = _adapter_tensors(run.adapter_dir)
     differing = _difference(saved.tensors[ADAPTER_FILE], adapter, config)
     detail = f"equal to checkpoint {path.name}"
@@ -164,7 +165,7 @@ def _check_checkpoints(receipt: Receipt, run: RunDir, config: TrainConfig) -> No
 
 
 def _difference(
-    trained: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], config: TrainConfig
+    trained: Mapping[str, torch.Tensor], adapter: dict[str, torch.Tensor], config: TrainConfig
 ) -> str | None:
     """The first tensor of the adapter that is not the checkpoint's."""
     if trains_prompt(config.method):
@@ -182,7 +183,7 @@ def _check_owner(receipt: Receipt, saved: checkpoint.Checkpoint, config: TrainCo
     """The optimizer's saved state belongs to adapters alone, two moments for each."""
     names = {
         name.rsplit(".", 1)[0]
-        for name in saved.tensors["optimizer.safetensors"]
+        for name in saved.tensors[OPTIMIZER_FILE]
         if name.endswith(".exp_avg")
     }
     count = sum(START not in name for name in saved.tensors[ADAPTER_FILE])

@@ -132,7 +132,7 @@ def test_scales_in_8_bits(isa: str) -> None:
                 ours, truth = ops.quantize_absmax(absmax), reference.quantize_absmax(absmax)
                 assert_same(ours, truth, count)
     values = codebook.signed_dynamic_map(torch.device("cpu"))
-    bounds = codebook.nested_thresholds(torch.device("cpu"))
+    bounds = codebook.signed_thresholds(torch.device("cpu"))
     for shift in (0, 1):
         edges = torch.cat((bounds, bounds.nextafter(torch.tensor(shift * 2.0)), values))
         absmax = torch.cat((edges, -edges, torch.tensor([1.0, -1.0])))

@@ -151,3 +151,15 @@ def test_an_existing_run_is_not_overwritten(undisturbed):
     assert "--resume" in done.stderr
     assert "--overwrite" in done.stderr
     assert adapter_digest(config.parent / "run") == digest
+
+
+@pytest.mark.parametrize("paged", ["always", "off"])
+def test_pages_and_8_bits_survive_kill_and_resume(tmp_path, model_folder, paged):
+    folder = model_folder("llama")
+    whole = write_config(tmp_path / "whole", folder, optim={"optim_bits": 8, "paged": "off"})
+    assert fourbit("train", whole).returncode == 0
+    config = write_config(tmp_path / "killed", folder, optim={"optim_bits": 8, "paged": paged})
+    kill_after(config, 3, 0.05)
+    finish(config)
+    assert adapter_digest(tmp_path / "killed" / "run") == adapter_digest(tmp_path / "whole" / "run")
+    assert not [p for p in (tmp_path / "killed" / "run").iterdir() if p.name.startswith("tmp")]

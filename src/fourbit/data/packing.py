@@ -220,6 +220,15 @@ class Batch:
     num_supervised: int
     rows: list[Origin]
 
+    def part(self, first: int, stop: int) -> Batch:
+        """Sequences ``[first, stop)`` of the same; counts and origins stay those of the whole."""
+        if first == 0 and stop >= len(self.input_ids):
+            return self
+        ids, positions, labels = (
+            tensor[first:stop] for tensor in (self.input_ids, self.position_ids, self.labels)
+        )
+        return Batch(ids, positions, labels, self.num_supervised, self.rows)
+
 
 def collate(
     dataset: Dataset, micro_batch: Sequence[Sequence[int]], *, pad_id: int, pad_to_multiple: int = 1

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fourbit import ops
 from fourbit.linear import Linear4bit
 
 _PATH = "_fourbit_path"
@@ -101,11 +101,13 @@ def draw_seeds(projections: tuple[Projection, ...]) -> tuple[int, ...]:
     One after another from torch's CPU generator: gradient checkpointing restores it, and a layer
     that takes the other path draws the same.
     """
-    return tuple(_seed() if p.dropout > 0 and p.lora_A is not None else 0 for p in projections)
+    return tuple(
+        _seed(p.shape[1]) if p.dropout > 0 and p.lora_A is not None else 0 for p in projections
+    )
 
 
-def _seed() -> int:
-    drawn = torch.randint(2**62, (1,))
+def _seed(width: int) -> int:
+    drawn = ops.draw_seed(width)
     return 0 if isinstance(drawn, FakeTensor) else int(drawn)  # a plan has no values
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -68,6 +69,30 @@ def linear_4bit(
     return torch.ops.fourbit.linear_4bit(x, *scales, bias, blocksize, quant_type, out_features)
 
 
+def draw_seed(width: int) -> Tensor:
+    """A dropout seed, int64 ``[1]``, for activations of ``width`` columns."""
+    seed = torch.randint(2**62, (1,))
+    return seed if _before == 0 else reference.seed_after(seed, _before * width)
+
+
+_before = 0
+
+
+@contextmanager
+def dropout_after(positions: int) -> Iterator[None]:
+    """Inside, activations are part of a batch, ``positions`` of which come before them.
+
+    Masks are then that part of the whole batch's masks: a batch in pieces drops what it would have
+    dropped in one.
+    """
+    global _before  # noqa: PLW0603  # backward may run in threads of autograd's own
+    outside, _before = _before, positions
+    try:
+        yield
+    finally:
+        _before = outside
+
+
 def lora_linear_4bit(
     x: Tensor,
     scales: Scales,
@@ -83,7 +108,7 @@ def lora_linear_4bit(
     restores that generator, recomputes with the same mask.
     """
     lora_A, lora_B, scaling, dropout = adapter
-    seed = torch.randint(2**62, (1,)) if dropout > 0 else None
+    seed = draw_seed(x.shape[-1]) if dropout > 0 else None
     y, _xa = torch.ops.fourbit.lora_linear_4bit(
         x, *scales, bias, lora_A, lora_B, seed, blocksize, quant_type, scaling, dropout
     )

@@ -75,7 +75,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return empty.to(torch.uint8), empty, absmax.new_zeros(1)
     offset = nested_mean(absmax)
     scaled, nested_absmax = _scaled_blocks(absmax - offset, codebook.NESTED_BLOCKSIZE)
-    bounds = codebook.nested_thresholds(absmax.device)
+    bounds = codebook.signed_thresholds(absmax.device)
     codes = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
     return codes, nested_absmax, offset[None]
 
@@ -256,6 +256,15 @@ def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
         bits = ((bits & _WORD) * 0xC2B2AE35) & _WORD
         torch.ge(bits ^ (bits >> 16), dropout_threshold(dropout), out=keep[start : start + _CHUNK])
     return keep.view(x.shape).to(x.dtype).div_(1.0 - dropout)
+
+
+def seed_after(seed: Tensor, elements: int) -> Tensor:
+    """The seed whose mask is that of ``seed`` from element ``elements`` on.
+
+    For masks that end before element ``2**32`` of ``seed``'s.
+    """
+    low = ((seed & _WORD) + (elements * 0x9E3779B1 & _WORD)) & _WORD
+    return (seed & ~_WORD) | low
 
 
 def dropout_threshold(dropout: float) -> int:

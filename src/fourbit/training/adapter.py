@@ -22,6 +22,7 @@ from fourbit.integrations.prompts import prompt_state, prompted
 from fourbit.lora import LoraSettings
 
 ADAPTER_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
 SAVE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

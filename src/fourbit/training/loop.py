@@ -9,18 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fourbit import device as devices
 from fourbit.data import Batch, BatchPlan, Dataset, collate
-from fourbit.errors import NumericStop
+from fourbit.errors import EnvironmentFault, NumericStop
+from fourbit.files import human_bytes
 from fourbit.fused import paths
-from fourbit.optim import lr_factors
+from fourbit.fused.scratch import SCRATCH
+from fourbit.ops import dropout_after
+from fourbit.optim import AdamW, lr_factors
 from fourbit.receipt import Watch
 from fourbit.training.config import TrainConfig
 from fourbit.training.objective import Objective
@@ -28,11 +32,18 @@ from fourbit.training.objective import Objective
 _MAX_NONFINITE = 3
 _MIN_SCALE = 1.0
 _PACK_MULTIPLE = 64
+_Result = TypeVar("_Result")
 
 
 @dataclass
 class LoopState:
-    """Where a run stands; JSON-ready, part of every checkpoint."""
+    """Where a run stands; JSON-ready, part of every checkpoint.
+
+    Attributes:
+        max_positions: most positions that go through the model at once, since memory ran out.
+        recompute: whether activations are recomputed since then.
+        memory_events: how often memory ran out.
+    """
 
     step: int = 0
     tokens: int = 0
@@ -43,6 +54,9 @@ class LoopState:
     best_eval: float | None = None
     best_step: int | None = None
     worse_evals: int = 0
+    max_positions: int | None = None
+    recompute: bool = False
+    memory_events: int = 0
     pending_eval: bool = False
     eval_loss_before: float | None = None
     samples_before: list[dict[str, str]] = field(default_factory=list)
@@ -145,7 +159,12 @@ class TrainLoop:
         optimizer: over the trainable parameters.
         watch: gathers the receipt's evidence.
         pad_id: token id that fills sequences; it carries no loss.
+
+    Attributes:
+        note: is told, in a line, what was done when memory ran out.
     """
+
+    note: Callable[[str], None] = staticmethod(lambda line: None)
 
     def __init__(
         self,
@@ -154,12 +173,13 @@ class TrainLoop:
         objective: Objective,
         dataset: Dataset,
         batches: BatchPlan,
-        optimizer: torch.optim.Optimizer,
+        optimizer: AdamW,
         watch: Watch,
         pad_id: int,
     ) -> None:
         self.config, self.objective, self.dataset = config, objective, dataset
         self.optimizer, self.watch, self.pad_id = optimizer, watch, pad_id
+        self._evicted_at = -1
         self.plan = StepPlan(batches, config.grad_accum, config.epochs, config.max_steps)
         self.total_steps = self.plan.total()
         self.state = LoopState()
@@ -224,13 +244,74 @@ class TrainLoop:
         Divided by the tokens of the whole step, not of each micro-batch, so that accumulation
         equals one big batch.
         """
-        total = 0.0
-        for index, batch in enumerate(batches):
-            torch.manual_seed(_mix(self.config.seed, step, index))
-            loss_sum = self.objective.loss_sum(batch)
-            self.scaler.scale(loss_sum / max(supervised, 1)).backward()
-            total += float(loss_sum.detach())
-        return total / max(supervised, 1)
+
+        def gradients() -> float:
+            self.optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            for index, batch in enumerate(batches):
+                for before, part in self._parts(batch):
+                    torch.manual_seed(_mix(self.config.seed, step, index))
+                    with dropout_after(before):
+                        loss_sum = self.objective.loss_sum(part)
+                        self.scaler.scale(loss_sum / max(supervised, 1)).backward()
+                    total += float(loss_sum.detach())
+            return total / max(supervised, 1)
+
+        return self._surviving(f"step {step}", batches, gradients)
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
+        """The batch in as few parts as memory allows, and the positions before each."""
+        rows, length = batch.input_ids.shape
+        limit = self.state.max_positions
+        count = rows if limit is None else max(1, limit // length)
+        for first in range(0, rows, count):
+            yield first * length, batch.part(first, first + count)
+
+    def _surviving(self, where: str, batches: list[Batch], work: Callable[[], _Result]) -> _Result:
+        """Does ``work``, again from its beginning whenever memory runs out."""
+        while True:
+            try:
+                return work()
+            except (MemoryError, RuntimeError, OSError) as error:
+                if not devices.is_out_of_memory(error):
+                    raise
+            # Here, and not in the handler: what it handles holds the activations.
+            self._make_room(where, batches)
+
+    def _make_room(self, where: str, batches: list[Batch]) -> None:
+        """Evicts the optimizer's pages, then halves what goes through the model, then recomputes.
+
+        Raises:
+            EnvironmentFault: nothing is left to give up.
+        """
+        state = self.state
+        state.memory_events += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        SCRATCH.release()
+        devices.release_memory()
+        if self._evicted_at != state.step and (freed := self.optimizer.evict()):
+            self._evicted_at = state.step
+            self.note(f"{where}: out of memory; {human_bytes(freed)} of optimizer state paged out")
+            return
+        largest = max(part.input_ids.numel() for b in batches for _, part in self._parts(b))
+        longest = max(batch.input_ids.shape[1] for batch in batches)
+        if largest > longest:
+            state.max_positions = max(longest, largest // 2)
+            self.note(
+                f"{where}: out of memory; from now on micro-batches go through the model in parts"
+                f" of at most {state.max_positions:,} positions"
+            )
+        elif not state.recompute and self.objective.recompute_activations():
+            state.recompute = True
+            self.note(f"{where}: out of memory; from now on activations are recomputed")
+        else:
+            raise EnvironmentFault(
+                "out-of-memory",
+                where=where,
+                what=f"one sequence of {longest:,} positions does not fit into memory",
+                fix="lower data.max_length, lora.r or what else runs on this machine; checkpoints"
+                " are intact: --resume auto goes on",
+            )
 
     def _clip(self) -> float:
         self.scaler.unscale_(self.optimizer)
@@ -289,32 +370,54 @@ class TrainLoop:
             if stop():
                 return None
             batch = self._collate(dataset, micro)
-            total += float(self.objective.loss_sum(batch))
+            total += self._surviving("evaluation", [batch], partial(self._loss_sum, batch))
             supervised += batch.num_supervised
         return total / max(supervised, 1)
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """Moments by parameter name, for a checkpoint."""
-        names = {id(p): name for name, p in self.objective.model.named_parameters()}
-        return {
-            f"{names[id(parameter)]}.{key}": value.detach().reshape(-1)
-            if value.dim() == 0
-            else value.detach()
-            for parameter, state in self.optimizer.state.items()
-            for key, value in state.items()
-        }
+    def _loss_sum(self, batch: Batch) -> float:
+        return sum(float(self.objective.loss_sum(part)) for _, part in self._parts(batch))
 
-    def restore_optimizer(self, tensors: dict[str, Tensor]) -> None:
-        """Puts back what `optimizer_state` gave."""
-        by_name = dict(self.objective.model.named_parameters())
-        for key, value in tensors.items():
+    def optimizer_state(self) -> Mapping[str, Tensor]:
+        """Moments by parameter name, for a checkpoint; each is gathered when it is asked for."""
+        return _Moments(self.optimizer, self.objective.model)
+
+    def restore_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `optimizer_state` gave, one parameter at a time."""
+        parts: dict[str, list[str]] = {}
+        for key in tensors:
             name, _, part = key.rpartition(".")
-            parameter = by_name[name]
-            if part == "step":
-                value = value.reshape(())
-            else:
-                value = value.to(parameter.device)
-            self.optimizer.state[parameter][part] = value.clone()
+            parts.setdefault(name, []).append(part)
+        by_name = dict(self.objective.model.named_parameters())
+        for name, found in parts.items():
+            state = {part: tensors[f"{name}.{part}"] for part in found}
+            self.optimizer.restore(by_name[name], state)
+
+
+class _Moments(Mapping[str, Tensor]):
+    """The optimizer's state by ``parameter.part``, one parameter in memory at a time."""
+
+    def __init__(self, optimizer: AdamW, model: torch.nn.Module) -> None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._optimizer = optimizer
+        self._owners: dict[str, tuple[Tensor, str]] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for part in optimizer.parts_of(parameter):
+                    self._owners[f"{names[id(parameter)]}.{part}"] = (parameter, part)
+        self._last: tuple[Tensor, dict[str, Tensor]] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        parameter, part = self._owners[name]
+        if self._last is None or self._last[0] is not parameter:
+            self._last = parameter, self._optimizer.state_of(parameter)
+        value = self._last[1][part]
+        return value.reshape(-1) if value.dim() == 0 else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owners)
+
+    def __len__(self) -> int:
+        return len(self._owners)
 
 
 def _mix(seed: int, step: int, index: int) -> int:

@@ -16,6 +16,7 @@ from fourbit.device import keep_freed_memory
 from fourbit.errors import InputError
 from fourbit.integrations.peft import base_model, head_weight
 from fourbit.integrations.prompts import prompt_length, prompted, with_prompt
+from fourbit.integrations.transformers import enable_checkpointing
 from fourbit.linear import row_by_row
 from fourbit.loss import (
     LogitTransform,
@@ -89,6 +90,13 @@ class Objective:
         mask = torch.ones_like(positions)
         mask[:, 1:][padding] = 0
         return {"input_ids": ids, "attention_mask": mask.to(self.device)}
+
+    def recompute_activations(self) -> bool:
+        """From now on activations are recomputed in backward; False when they already are."""
+        if self.base.is_gradient_checkpointing:
+            return False
+        enable_checkpointing(self.base)
+        return True
 
     def autocast(self) -> AbstractContextManager[object]:
         """The mixed-precision context of a forward pass."""

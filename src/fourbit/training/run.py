@@ -38,6 +38,7 @@ from fourbit.sources import ModelSource, resolve_source
 from fourbit.training import reporting
 from fourbit.training.adapter import (
     ADAPTER_FILE,
+    OPTIMIZER_FILE,
     SAVE_DTYPES,
     inject,
     restore_trainable,
@@ -55,7 +56,7 @@ from fourbit.training.tracking import Tracker, require_tracker
 
 _SAVE_FAILURES = 3
 _SAMPLE_TOKENS = 96
-_WARN_ONLY = {"versions"}
+_WARN_ONLY = {"versions", "settings.optim.paged"}
 _FREE_TO_CHANGE = {
     "output",
     "eval_every",
@@ -132,11 +133,24 @@ def train(
             except FourbitError as error:
                 folder.log(error.line())
                 raise
-            except Exception:
+            except Exception as error:
                 import traceback
 
                 folder.log(traceback.format_exc())
+                if devices.is_out_of_memory(error):
+                    raise _out_of_memory(error, config.output) from error
                 raise
+
+
+def _out_of_memory(error: BaseException, where: str) -> EnvironmentFault:
+    what = str(error).strip().split("\n")[0] or type(error).__name__
+    return EnvironmentFault(
+        "out-of-memory",
+        where=where,
+        what=f"memory ran out outside of a training step: {what}",
+        fix="free memory, take a smaller batch_size or data.max_length; --resume auto goes on from"
+        " the last checkpoint",
+    )
 
 
 class _Run:
@@ -297,6 +311,7 @@ class _Run:
                 length=data.max_length if data.packing else longest,
                 checkpointing=self.config.gradient_checkpointing,
                 prompt=self.config.prompt,
+                optim=self.config.optim,
             ),
             device=device,
         )
@@ -358,7 +373,10 @@ class _Run:
             self.objective.require_isolation(first)
             self.say.line("packing: documents proven isolated on this model")
         optimizer = build_optimizer(
-            (p for p in self.model.parameters() if p.requires_grad), config.optim
+            (p for p in self.model.parameters() if p.requires_grad),
+            config.optim,
+            paged="always" if self.plan.paged else config.optim.paged,
+            folder=self.folder.path,
         )
         self.watch = Watch(self.model, optimizer, where=config.output)
         self.loop = TrainLoop(
@@ -370,6 +388,7 @@ class _Run:
             watch=self.watch,
             pad_id=pad,
         )
+        self.loop.note = self.say.warn
         self.tracker = Tracker(
             config.report_to,
             folder=self.folder.path,
@@ -409,7 +428,7 @@ class _Run:
         if path is None:
             self.say.line("no checkpoint to resume from: starting at step 0")
             return False
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, lazily={OPTIMIZER_FILE})
         warnings = checkpoint.require_same_identity(
             saved.identity, self.identity(), warn_only=_WARN_ONLY, where=str(path)
         )
@@ -423,8 +442,10 @@ class _Run:
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         restore_trainable(self.model, saved.tensors[ADAPTER_FILE])
-        self.loop.restore_optimizer(dict(saved.tensors["optimizer.safetensors"]))
+        self.loop.restore_optimizer(saved.tensors[OPTIMIZER_FILE])
         self.loop.state = LoopState.from_dict(saved.documents["state.json"])
+        if self.loop.state.recompute:
+            self.objective.recompute_activations()
         self.loop.scaler.load_state_dict(saved.documents["scaler.json"])
         self.watch.restore(saved.documents["evidence.json"])
 
@@ -437,7 +458,7 @@ class _Run:
                 step=state.step,
                 tensors={
                     ADAPTER_FILE: trainable_state(self.model),
-                    "optimizer.safetensors": self.loop.optimizer_state(),
+                    OPTIMIZER_FILE: self.loop.optimizer_state(),
                 },
                 documents={
                     "state.json": state.as_dict(),
@@ -612,7 +633,9 @@ class _Run:
 
     def _take_best(self, step: int) -> None:
         path = checkpoint.at_step(self.folder.checkpoints_dir, step=step)
-        restore_trainable(self.model, checkpoint.load(path).tensors[ADAPTER_FILE])
+        restore_trainable(
+            self.model, checkpoint.load(path, lazily={OPTIMIZER_FILE}).tensors[ADAPTER_FILE]
+        )
         self.say.line(f"keeping the adapter of step {step}, the best evaluation")
 
     def _receipt(self, samples: list[dict[str, str]]) -> Receipt:
@@ -643,6 +666,8 @@ class _Run:
             tokens_per_second=speed,
             train_seconds=round(self.loop.state.seconds, 3),
             skipped_updates=self.loop.state.nonfinite_total,
+            optimizer=self.loop.optimizer.described(),
+            memory_events=self.loop.state.memory_events,
         )
         self.folder.write_json(reporting.SAMPLES_FILE, samples)
         self.folder.write_json(self.folder.receipt_path, receipt.as_dict())

@@ -59,7 +59,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
     native.kernel("quantize_absmax", "ppfppli")(
         absmax.data_ptr(),
-        codebook.nested_thresholds(_CPU).data_ptr(),
+        codebook.signed_thresholds(_CPU).data_ptr(),
         offset.item(),
         codes.data_ptr(),
         nested.data_ptr(),

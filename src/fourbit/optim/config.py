@@ -1,14 +1,16 @@
-"""The optimizer of the adapters: its settings, parameter groups and learning-rate schedule."""
+"""The optimizer's settings, parameter groups and learning-rate schedule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import nn
 
+from fourbit.optim.adamw import AdamW, Paging
 from fourbit.settings import Settings
 
 Schedule = Literal[
@@ -26,9 +28,11 @@ class OptimConfig(Settings):
     """AdamW and its schedule."""
 
     lr: float = Field(default=2e-4, gt=0, le=10, description="peak learning rate")
-    optim_bits: int = Field(default=32, description="bits of the state; only 32 is built yet")
-    paged: Literal["auto", "never", "always"] = Field(
-        default="auto", description="page the optimizer's state; auto does not page yet"
+    optim_bits: Literal[32, 8] = Field(default=32, description="bits of the optimizer's state")
+    paged: Paging = Field(
+        default="auto",
+        description="optimizer's state in pages: auto pages when memory runs short,"
+        " always keeps three pages in memory, off keeps all",
     )
     weight_decay: float = Field(default=0.0, ge=0, lt=1, description="decoupled weight decay")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment")
@@ -38,31 +42,41 @@ class OptimConfig(Settings):
     schedule: Schedule = Field(default="cosine", description="learning-rate schedule")
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of steps to warm up")
 
-    @field_validator("optim_bits")
+    @field_validator("paged", mode="before")
     @classmethod
-    def _only_32_bits(cls, value: int) -> int:
-        if value != 32:
-            raise ValueError(f"optim_bits {value} is not built yet; use 32")
-        return value
-
-    @field_validator("paged")
-    @classmethod
-    def _no_paging_yet(cls, value: str) -> str:
-        if value == "always":
-            raise ValueError("paged: always is not built yet; use auto or never")
-        return value
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # what YAML makes of it
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (norms, biases, magnitudes) are not decayed."""
+def build_optimizer(
+    parameters: Iterable[nn.Parameter],
+    config: OptimConfig,
+    *,
+    paged: Paging | None = None,
+    folder: Path | None = None,
+) -> AdamW:
+    """AdamW over the trainable parameters; vectors (norms, biases, magnitudes) are not decayed.
+
+    Args:
+        parameters: what is trained.
+        config: the settings.
+        paged: instead of the setting, where a plan decided.
+        folder: where pages of a CPU's state may go.
+    """
     trainable = list(parameters)
     decayed = [p for p in trainable if p.dim() >= 2]
     others = [p for p in trainable if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": config.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, foreach=True
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        optim_bits=config.optim_bits,
+        paged=paged or config.paged,
+        folder=folder,
     )
 
 
