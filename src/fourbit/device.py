@@ -260,11 +260,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    text = str(error)
+    text = str(error).lower()
     return isinstance(error, RuntimeError) and any(said in text for said in _OUT_OF_MEMORY)
 
 
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "out of memory",
+)
 """In the errors of torch's CPU allocator, of the C++ library and of CUDA's own libraries."""
 
 

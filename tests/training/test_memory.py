@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from commands import ENVIRONMENT, write_config
 from fourbit.data import BatchPlan, Dataset
 from fourbit.data.rows import Origin
 from fourbit.device import is_out_of_memory
 from fourbit.errors import EnvironmentFault
+from fourbit.files import sha256_of
 from fourbit.fused.scratch import SCRATCH
 from fourbit.integrations.peft import add_adapter
 from fourbit.integrations.transformers import quantize_model
@@ -25,7 +32,7 @@ from fourbit.receipt import Watch
 from fourbit.training.config import TrainConfig
 from fourbit.training.loop import TrainLoop
 from fourbit.training.objective import Objective
-from models import tiny_model
+from models import tiny_model, write_model
 
 REFUSED = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory:"
@@ -218,6 +225,7 @@ def test_what_counts_as_out_of_memory():
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(OSError(12, "Cannot allocate memory"))
+    assert is_out_of_memory(RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(OSError(28, "No space left on device"))
     with pytest.raises(RuntimeError) as caught:
@@ -234,3 +242,56 @@ def test_other_errors_are_not_swallowed():
     loop.objective.loss_sum = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="shape mismatch"):
         next(loop.steps())
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from fourbit.cli import main
+from fourbit.training.run import _Run
+limit, fit = int(sys.argv.pop(1)) or resource.RLIM_INFINITY, _Run.fit
+def limited(self):
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    try:
+        fit(self)
+    finally:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) for line in lines if line.startswith("VmPeak"))
+        print("VmPeak", peak * 1024, file=sys.stderr)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+_Run.fit = limited
+main()
+"""
+
+
+def limited(limit: int, config: Path) -> subprocess.CompletedProcess[str]:
+    """``fourbit train`` that has ``limit`` bytes of addresses while it trains; 0 is no limit."""
+    # without the arena of its own that each thread of glibc's reserves, a peak is a need
+    environment = {**os.environ, **ENVIRONMENT, "MALLOC_ARENA_MAX": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, str(limit), "train", str(config)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_a_run_below_its_need_of_memory_ends_as_the_unlimited_one(tmp_path: Path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1400, "num_hidden_layers": 4}
+    model = write_model(tmp_path / "model", "llama", **sizes)
+    changes = {"method": "full", "max_steps": 3, "samples": 0, "eval_every": 100, "lora": {}}
+    digests = []
+    peak = 0
+    for name, cut in (("whole", 0), ("limited", 40 << 20)):
+        config = write_config(tmp_path / name, model, **changes)
+        done = limited(peak - cut if cut else 0, config)
+        assert done.returncode == 0, done.stderr
+        peak = int(done.stderr.rsplit("VmPeak", 1)[1].split()[0])
+        receipt = json.loads((tmp_path / name / "run" / "receipt.json").read_text())
+        paging = receipt["optimizer"]
+        assert (paging["paged"], paging["evictions"] > 0) == (bool(cut), bool(cut))
+        digests.append(sha256_of(tmp_path / name / "run" / "adapter" / "model.safetensors"))
+    assert digests[0] == digests[1]

@@ -128,14 +128,8 @@ class AdamW(torch.optim.Optimizer):
             if not fine:
                 raise ValueError(f"{name} is out of range: {value}")
         self.optim_bits, self.paged, self.page_bytes = optim_bits, paged, page_bytes
-        self.stats = Stats()
         self._folder = None if folder is None else Path(folder)
-        self._placed: list[Tensor] = []
-        self._numbers: dict[int, int] = {}
-        self._where: dict[int, list[tuple[int, _Piece]]] = {}
-        self._contents: list[list[_Piece]] = []
-        self._steps: list[int] = []
-        self._pages: Pages | None = None
+        self.forget()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
 
@@ -210,6 +204,16 @@ class AdamW(torch.optim.Optimizer):
             return freed
         return self._pages.evict()
 
+    def forget(self) -> None:
+        """Gives up all state, as if no update had been made; parameters stay as they are."""
+        self.stats = Stats()
+        self._placed: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+        self._where: dict[int, list[tuple[int, _Piece]]] = {}
+        self._contents: list[list[_Piece]] = []
+        self._steps: list[int] = []
+        self._pages: Pages | None = None
+
     @property
     def is_paged(self) -> bool:
         """Whether pages leave memory at the moment."""
@@ -255,7 +259,7 @@ class AdamW(torch.optim.Optimizer):
         assert self._pages is not None
         try:
             self._pages.add(size)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if not is_out_of_memory(error) or not self.evict():
                 raise
             self._pages.add(size)

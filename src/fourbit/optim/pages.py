@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourbit.device import is_out_of_memory
 from fourbit.files import disk_fault
 
 PAGE_BYTES = 16 << 20
@@ -74,6 +75,11 @@ class Pages(ABC):
     def take(self, page: int) -> Tensor:
         """The bytes of a page on the parameters' device, valid and resident until `give`."""
 
+    def put(self, page: int, data: Tensor) -> None:
+        """Fills a page that is not in use, without bringing it in where that can be."""
+        self.take(page).copy_(data)
+        self.give(page)
+
     def give(self, page: int) -> None:  # noqa: B027  # may be empty
         """The page is no longer in use and may leave."""
 
@@ -97,7 +103,12 @@ class Resident(Pages):
 
     def add(self, size: int) -> None:
         """See `Pages`."""
-        self._pages.append(torch.zeros(size, dtype=torch.uint8, device=self._device))
+        if self._device.type == "cpu":
+            # not from the heap, which would keep the addresses when the page is gone
+            page = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        else:
+            page = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        self._pages.append(page)
         self.stats.state_bytes += size
         self.stats.arrived(size)
 
@@ -114,13 +125,13 @@ class Resident(Pages):
             assert page is not None
             size = page.numel()
             home.add(size)
-            home.take(index).copy_(page)
-            home.give(index)
+            home.put(index, page)
             self._pages[index] = None
             self.stats.state_bytes -= size  # `add` counted it again
             self.stats.resident_bytes -= size
+            self.stats.bytes_out += size
+            self.stats.evictions += 1
             moved += size
-        home.evict()
         return moved
 
 
@@ -160,7 +171,12 @@ class _Ring(Pages):
             if idle is None:
                 break
             self._send(idle)
-        self._resident[page] = self._come(page)
+        try:
+            self._resident[page] = self._come(page)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error) or not self.evict():
+                raise
+            self._resident[page] = self._come(page)
         self.stats.bytes_in += self._sizes[page]
         self.stats.arrived(self._sizes[page])
 
@@ -183,14 +199,17 @@ class _Ring(Pages):
 
 
 class Mapped(_Ring):
-    """Pages in a file without a name, mapped into memory: for parameters on a CPU.
+    """Pages in a file without a name, mapped while they are resident: for parameters on a CPU.
 
-    A page at home holds no memory of the process; what the system keeps of it in its own cache, it
-    gives up when someone needs the room.
+    A page at home holds neither memory nor addresses of the process; what the system keeps of it
+    in its own cache, it gives up when someone needs the room.
 
     Args:
         stats: counts what moves.
         folder: where the file lies; the space for it is taken at once.
+
+    Raises:
+        EnvironmentFault: the disk refused.
     """
 
     def __init__(self, stats: Stats, folder: Path | None = None) -> None:
@@ -201,40 +220,47 @@ class Mapped(_Ring):
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  # lives as long
         except OSError as error:
             raise disk_fault(error, where=self._folder) from error
-        self._end = 0
-        self._maps: list[mmap.mmap] = []
+        self._starts = [0]
 
     def add(self, size: int) -> None:
         """See `Pages`."""
         grain = mmap.ALLOCATIONGRANULARITY
-        length = -(-size // grain) * grain
+        start, length = self._starts[-1], -(-size // grain) * grain
         try:
             # a sparse file would end the process when the disk is full
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), self._end, length)
+                os.posix_fallocate(self._file.fileno(), start, length)
             else:
-                os.ftruncate(self._file.fileno(), self._end + length)
-            mapped = mmap.mmap(self._file.fileno(), length, offset=self._end)
+                os.ftruncate(self._file.fileno(), start + length)
         except OSError as error:
             raise disk_fault(error, where=self._folder) from error
-        self._maps.append(mapped)
-        self._end += length
+        self._starts.append(start + length)
         self._note(size)
+
+    def put(self, page: int, data: Tensor) -> None:
+        """See `Pages`."""
+        assert page not in self._resident
+        left, at = data.numpy().data, self._starts[page]
+        while left:
+            written = os.pwrite(self._file.fileno(), left, at)
+            left, at = left[written:], at + written
 
     def expect(self, page: int) -> None:
         """See `Pages`."""
-        if page not in self._resident and hasattr(mmap, "MADV_WILLNEED"):
-            self._maps[page].madvise(mmap.MADV_WILLNEED)
+        if page not in self._resident and hasattr(os, "posix_fadvise"):
+            place = (self._starts[page], self._sizes[page])
+            os.posix_fadvise(self._file.fileno(), *place, os.POSIX_FADV_WILLNEED)
 
     def _bytes(self, page: int) -> Tensor:
-        return torch.frombuffer(self._maps[page], dtype=torch.uint8, count=self._sizes[page])
+        return self._resident[page]
 
-    def _come(self, page: int) -> None:
-        """Its bytes come as they are touched."""
+    def _come(self, page: int) -> Tensor:
+        size = self._sizes[page]
+        mapped = mmap.mmap(self._file.fileno(), size, offset=self._starts[page])
+        return torch.frombuffer(mapped, dtype=torch.uint8)
 
-    def _go(self, page: int, what: None) -> None:
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._maps[page].madvise(mmap.MADV_DONTNEED)
+    def _go(self, page: int, what: Tensor) -> None:
+        """The mapping ends with the last reference to it."""
 
 
 class Hosted(_Ring):
@@ -269,6 +295,11 @@ class Hosted(_Ring):
             except RuntimeError:
                 self.pinned = False  # containers often allow little locked memory
         return torch.zeros(size, dtype=torch.uint8)
+
+    def put(self, page: int, data: Tensor) -> None:
+        """See `Pages`."""
+        assert page not in self._resident
+        self._homes[page].copy_(data)
 
     def take(self, page: int) -> Tensor:
         """See `Pages`."""

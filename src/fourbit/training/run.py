@@ -174,6 +174,7 @@ class _Run:
         self.save_failures = 0
         self.peak: int | None = None
         self.told_paths: dict[str, int] = {}
+        self.optimizer_facts: dict[str, Any] = {}
 
     def open(self, folder: RunDir) -> None:
         """Takes the run directory."""
@@ -547,6 +548,9 @@ class _Run:
         self.peak = devices.peak_memory(self.objective.device)
         self.watch.stop()
         self.save()
+        self.optimizer_facts = self.loop.optimizer.described()
+        self.loop.optimizer.forget()  # what follows needs the room
+        devices.release_memory()
 
     def _tell_paths(self, paths: dict[str, int]) -> None:
         """Once, and again whenever it changes: how the layers are computed."""
@@ -666,7 +670,7 @@ class _Run:
             tokens_per_second=speed,
             train_seconds=round(self.loop.state.seconds, 3),
             skipped_updates=self.loop.state.nonfinite_total,
-            optimizer=self.loop.optimizer.described(),
+            optimizer=self.optimizer_facts,
             memory_events=self.loop.state.memory_events,
         )
         self.folder.write_json(reporting.SAMPLES_FILE, samples)
