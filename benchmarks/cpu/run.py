@@ -15,7 +15,18 @@ import time
 
 import protocol
 
-SCRIPTS = ("correct", "train", "head", "decode", "load", "ceilings", "caps", "claims", "picture")
+SCRIPTS = (
+    "correct",
+    "train",
+    "head",
+    "optimizer",
+    "decode",
+    "load",
+    "ceilings",
+    "caps",
+    "claims",
+    "picture",
+)
 
 
 def main() -> None:

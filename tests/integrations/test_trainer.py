@@ -161,3 +161,31 @@ def test_the_model_stays_usable_after_the_watch(model, tmp_path):
     hooks = [m._forward_pre_hooks for m in lora_layers(model).values()]
     assert not any(hooks)
     assert not model._forward_hooks
+
+
+def test_our_optimizer_in_trainer_resumes_bit_for_bit(tmp_path):
+    def run(steps, **resume):
+        torch.manual_seed(0)
+        base = tiny_model("llama")
+        base.requires_grad_(False)
+        fourbit.quantize_model(base, QuantConfig())
+        tuned = add_adapter(base, LoraSettings(r=4))
+        trained = [p for p in tuned.parameters() if p.requires_grad]
+        optimizer = fourbit.AdamW(trained, lr=1e-2, optim_bits=8, paged="always")
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(tuned, arguments, train_dataset=Rows(), optimizers=(optimizer, None))
+        trainer.train(**resume)
+        assert optimizer.is_paged
+        return [p.detach().clone() for p in trained]
+
+    whole = run(4)
+    resumed = run(4, resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
