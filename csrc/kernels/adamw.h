@@ -47,20 +47,28 @@ struct Moment {
   }
 };
 
-}  // namespace adamw
-
-static void adamw_32bit(void* p, const void* g, float* m, float* v, int64_t count,
-                        const adamw::Rule* rule, int dtype, int threads) {
-  using adamw::kBlock;
+// Calls body(values, gradients, first block, past the last) on the threads' shares.
+template <class Body>
+static void share_blocks(void* p, const void* g, int64_t count, int dtype, int threads,
+                         const Body& body) {
   by_float(dtype, [&](auto zero) {
     using T = decltype(zero);
     T* values = static_cast<T*>(p);
     const T* grads = static_cast<const T*>(g);
     parallel((count + kBlock - 1) / kBlock, kSplit / kBlock, threads,
-             [=](int64_t begin, int64_t end, int) {
-               const int64_t from = begin * kBlock, to = std::min(end * kBlock, count);
-               adamw::update(values + from, grads + from, m + from, v + from, to - from, *rule);
-             });
+             [=](int64_t begin, int64_t end, int) { body(values, grads, begin, end); });
+  });
+}
+
+}  // namespace adamw
+
+static void adamw_32bit(void* p, const void* g, float* m, float* v, int64_t count,
+                        const adamw::Rule* rule, int dtype, int threads) {
+  using adamw::kBlock;
+  adamw::share_blocks(p, g, count, dtype, threads,
+                      [=](auto* values, auto* grads, int64_t begin, int64_t end) {
+    const int64_t from = begin * kBlock, to = std::min(end * kBlock, count);
+    adamw::update(values + from, grads + from, m + from, v + from, to - from, *rule);
   });
 }
 
@@ -68,22 +76,17 @@ static void adamw_8bit(void* p, const void* g, const adamw::Moment* first,
                        const adamw::Moment* second, int64_t count, const adamw::Rule* rule,
                        int dtype, int threads) {
   using adamw::kBlock;
-  by_float(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    T* values = static_cast<T*>(p);
-    const T* grads = static_cast<const T*>(g);
-    parallel((count + kBlock - 1) / kBlock, kSplit / kBlock, threads,
-             [=](int64_t begin, int64_t end, int) {
-               for (int64_t block = begin; block < end; ++block) {
-                 const int64_t at = block * kBlock, part = std::min(kBlock, count - at);
-                 float m[kBlock], v[kBlock];
-                 first->decode(block, part, m);
-                 second->decode(block, part, v);
-                 adamw::update(values + at, grads + at, m, v, part, *rule);
-                 first->encode(block, part, m);
-                 second->encode(block, part, v);
-               }
-             });
+  adamw::share_blocks(p, g, count, dtype, threads,
+                      [=](auto* values, auto* grads, int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t at = block * kBlock, part = std::min(kBlock, count - at);
+      float m[kBlock], v[kBlock];
+      first->decode(block, part, m);
+      second->decode(block, part, v);
+      adamw::update(values + at, grads + at, m, v, part, *rule);
+      first->encode(block, part, m);
+      second->encode(block, part, v);
+    }
   });
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fourbit.device import is_out_of_memory
-from fourbit.optim.pages import PAGE_BYTES, RING, Hosted, Mapped, Pages, Resident, Stats
+from fourbit.optim.pages import PAGE_BYTES, RING, Hosted, Mapped, Pages, Resident, Ring, Stats
 from fourbit.optim.update import BLOCK, Coefficients, Moment, update_8bit, update_32bit
 
 Paging = Literal["auto", "always", "off"]
@@ -226,7 +226,7 @@ class AdamW(torch.optim.Optimizer):
     def _device(self) -> torch.device:
         return self.param_groups[0]["params"][0].device
 
-    def _home(self) -> Pages:
+    def _home(self) -> Ring:
         if self._device().type == "cpu":
             return Mapped(self.stats, self._folder)
         return Hosted(self.stats, self._device())
@@ -253,8 +253,6 @@ class AdamW(torch.optim.Optimizer):
             self._contents.append(page)
         return self._pages
 
-    # State dicts: the layout of torch.optim.AdamW, with absmax beside moments in 8 bits.
-
     def _add_page(self, size: int) -> None:
         assert self._pages is not None
         try:
@@ -263,6 +261,8 @@ class AdamW(torch.optim.Optimizer):
             if not is_out_of_memory(error) or not self.evict():
                 raise
             self._pages.add(size)
+
+    # State dicts: the layout of torch.optim.AdamW, with absmax beside moments in 8 bits.
 
     def parts_of(self, parameter: Tensor) -> list[str]:
         """The keys of `state_of`, without its tensors."""
@@ -373,24 +373,18 @@ def _fill(
     moment: Tensor | Moment, values: Tensor, absmax: Tensor | None, piece: _Piece, name: str
 ) -> None:
     """Writes a piece's part of a saved moment, given flat, into its place."""
+    part = values[piece.start : piece.stop]
     if values.dtype == torch.uint8:
         if absmax is None or absmax.numel() != _blocks(values.numel()):
             raise ValueError(f"{name}_absmax does not fit {name}")
-        blocks = slice(piece.start // BLOCK, _blocks(piece.stop))
-        device = moment.device if isinstance(moment, Tensor) else moment.codes.device
-        saved = Moment(
-            values[piece.start : piece.stop].to(device),
-            absmax[blocks].to(device, torch.float32),
-            _MOMENTS[name],
-        )
+        scales = absmax[piece.start // BLOCK : _blocks(piece.stop)]
         if isinstance(moment, Moment):
-            moment.codes.copy_(saved.codes)
-            moment.absmax.copy_(saved.absmax)
+            moment.codes.copy_(part)
+            moment.absmax.copy_(scales)
         else:
+            saved = Moment(part, scales.float(), _MOMENTS[name])
             moment.copy_(saved.decode())
-        return
-    part = values[piece.start : piece.stop]
-    if isinstance(moment, Moment):
+    elif isinstance(moment, Moment):
         moment.encode_(part.to(moment.codes.device, torch.float32))
     else:
         moment.copy_(part)

@@ -75,11 +75,6 @@ class Pages(ABC):
     def take(self, page: int) -> Tensor:
         """The bytes of a page on the parameters' device, valid and resident until `give`."""
 
-    def put(self, page: int, data: Tensor) -> None:
-        """Fills a page that is not in use, without bringing it in where that can be."""
-        self.take(page).copy_(data)
-        self.give(page)
-
     def give(self, page: int) -> None:  # noqa: B027  # may be empty
         """The page is no longer in use and may leave."""
 
@@ -118,7 +113,7 @@ class Resident(Pages):
         assert found is not None
         return found
 
-    def move_to(self, home: Pages) -> int:
+    def move_to(self, home: Ring) -> int:
         """Moves all pages to ``home``, one at a time; returns the bytes that became free."""
         moved = 0
         for index, page in enumerate(self._pages):
@@ -135,7 +130,7 @@ class Resident(Pages):
         return moved
 
 
-class _Ring(Pages):
+class Ring(Pages):
     """Pages of which at most ``RING`` are resident; the one used longest ago leaves first."""
 
     def __init__(self, stats: Stats) -> None:
@@ -189,6 +184,10 @@ class _Ring(Pages):
         return size
 
     @abstractmethod
+    def put(self, page: int, data: Tensor) -> None:
+        """Fills a page that is at home, where it stays."""
+
+    @abstractmethod
     def _bytes(self, page: int) -> Tensor: ...
 
     @abstractmethod
@@ -198,7 +197,7 @@ class _Ring(Pages):
     def _go(self, page: int, what: Any) -> None: ...
 
 
-class Mapped(_Ring):
+class Mapped(Ring):
     """Pages in a file without a name, mapped while they are resident: for parameters on a CPU.
 
     A page at home holds neither memory nor addresses of the process; what the system keeps of it
@@ -238,7 +237,7 @@ class Mapped(_Ring):
         self._note(size)
 
     def put(self, page: int, data: Tensor) -> None:
-        """See `Pages`."""
+        """See `Ring`."""
         assert page not in self._resident
         left, at = data.numpy().data, self._starts[page]
         while left:
@@ -263,7 +262,7 @@ class Mapped(_Ring):
         """The mapping ends with the last reference to it."""
 
 
-class Hosted(_Ring):
+class Hosted(Ring):
     """Pages in host memory, pinned where that can be had, with copies on the device.
 
     Copies run beside the computation: a page is fetched while the one before it is updated, and
@@ -297,7 +296,7 @@ class Hosted(_Ring):
         return torch.zeros(size, dtype=torch.uint8)
 
     def put(self, page: int, data: Tensor) -> None:
-        """See `Pages`."""
+        """See `Ring`."""
         assert page not in self._resident
         self._homes[page].copy_(data)
 
