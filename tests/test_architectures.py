@@ -14,8 +14,8 @@ import fourbit
 from fourbit.errors import InputError
 from fourbit.generate import Sampling, open_generator
 from fourbit.linear import Linear4bit, parameter_counts
+from fourbit.objective import Objective
 from fourbit.quantize import QuantConfig
-from fourbit.training.objective import Objective
 from models import (
     PACKABLE,
     TIED,

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fourbit"
 # From the ground up; a room may import rooms on lower floors and on its own.
 FLOORS = [
     {"errors"},
-    {"files", "settings", "native"},
+    {"files", "settings", "native", "arena"},
     {"codebook", "device", "shards", "rundir", "methods"},
     {"ops", "checkpoint"},
     {"quantize"},
@@ -33,7 +33,8 @@ FLOORS = [
     {"integrations.transformers", "integrations.gguf", "receipt"},
     {"sources", "data", "decoding", "integrations.trainer", "integrations.takeover"},
     {"loading"},
-    {"planner", "generate", "report"},
+    {"objective", "generate", "report"},
+    {"planning"},
     {"evaluate", "training"},
     {"verification", "quantizing"},
     {"merging"},

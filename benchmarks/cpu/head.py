@@ -95,7 +95,7 @@ def whole_step(spec: dict[str, Any]) -> Any:
     import child
     import sides
 
-    from fourbit.training.objective import Objective
+    from fourbit.objective import Objective
 
     side = sides.fourbit_native({**spec, "checkpointing": True})
     batch = sides.as_batch(child.tokens(spec, 1, spec["tokens"]), packed=False)

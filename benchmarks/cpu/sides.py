@@ -83,7 +83,7 @@ def fourbit_native(spec: dict[str, Any]) -> Trainee:
     from fourbit.integrations.peft import add_adapter
     from fourbit.integrations.transformers import enable_checkpointing
     from fourbit.optim import OptimConfig, build_optimizer
-    from fourbit.training.objective import Objective
+    from fourbit.objective import Objective
 
     base, _ = fourbit.load(spec["model"], quant=fourbit.QuantConfig())
     if spec.get("checkpointing"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fourbit import device as devices
-from fourbit import planner
+from fourbit import planning
 from fourbit.loading import load_config, stored_quantization
 from fourbit.receipt import Receipt
 from fourbit.sources import resolve_source
@@ -26,7 +26,7 @@ def verify(run_dir: str | Path, *, base: bool = True) -> Receipt:
 
 def plan(
     model: str, *, config: TrainConfig | None = None, device: torch.device | str | None = None
-) -> planner.Plan:
+) -> planning.Plan:
     """Bytes by part for fine-tuning ``model`` as configured; no weight is read.
 
     Args:
@@ -41,16 +41,18 @@ def plan(
     target = devices.default_device() if device is None else torch.device(device)
     source = resolve_source(model, revision=run.revision)
     stored = stored_quantization(source)
-    return planner.plan_training(
+    return planning.plan_training(
         load_config(source),
-        planner.TrainingShape(
+        planning.TrainingShape(
             method=run.method,
             quant=run.quant if stored is None else stored.quant,
             lora=run.lora,
             dtype=devices.resolve_precision(run.precision, target),
             batch_size=run.batch_size,
             length=run.data.max_length,
-            checkpointing=run.gradient_checkpointing,
+            recompute=run.recomputed_layers,
+            packing=run.data.packing or run.batch_size > 1,
+            grad_accum=run.grad_accum,
             prompt=run.prompt,
             optim=run.optim,
         ),

@@ -535,6 +535,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: runs a command and exits with the documented code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
+    if arguments is None and words[:1] in (["train"], ["demo"]) and not {"-h", "--help"} & {*words}:
+        from fourbit import arena
+
+        arena.preload()
     try:
         cli.main(args=words, prog_name="fourbit", standalone_mode=False)
     except FourbitError as error:

@@ -9,11 +9,13 @@ data type of Dettmers et al., arXiv 2110.02861.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Literal
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 QuantType = Literal["nf4", "fp4", "int4"]
 
@@ -67,19 +69,34 @@ _VALUES: dict[str, tuple[float, ...]] = {
 # would leave an empty table in the cache for good.
 
 
-@lru_cache(maxsize=64)
+_Table = TypeVar("_Table", Tensor, tuple[Tensor, Tensor])
+
+
+def _table(make: Callable[..., _Table]) -> Callable[..., _Table]:
+    """Makes a table once, with its values also where a plan runs on tensors that have none."""
+    made = lru_cache(maxsize=64)(make)
+
+    @wraps(make)
+    def table(*arguments: object) -> _Table:
+        with unset_fake_temporarily():
+            return made(*arguments)
+
+    return table
+
+
+@_table
 def code(quant_type: str, device: torch.device) -> Tensor:
     """The 16 values by code, float32 ``[16]``."""
     return torch.tensor(_VALUES[quant_type], dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
+@_table
 def ascending_codes(quant_type: str, device: torch.device) -> Tensor:
     """The 16 codes ordered by value, uint8 ``[16]``."""
     return torch.tensor(_ASCENDING_CODES[quant_type], dtype=torch.uint8, device=device)
 
 
-@lru_cache(maxsize=64)
+@_table
 def thresholds(quant_type: str, device: torch.device) -> Tensor:
     """The 15 float32 midpoints between neighbouring values; above a threshold goes up."""
     order = torch.tensor(_ASCENDING_CODES[quant_type], device="cpu")
@@ -90,7 +107,7 @@ def thresholds(quant_type: str, device: torch.device) -> Tensor:
 _BINS = 512  # on each side of zero: fine enough that no bin holds two thresholds
 
 
-@lru_cache(maxsize=64)
+@_table
 def bins(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
     """Tables that find the code of a value by its bin, the same as a search in `thresholds`.
 
@@ -115,7 +132,7 @@ def bin_of(scaled: Tensor) -> Tensor:
     return (scaled + 1.0).mul_(_BINS).to(torch.int32).clamp_(0, 2 * _BINS)
 
 
-@lru_cache(maxsize=64)
+@_table
 def byte_pairs(quant_type: str, device: torch.device) -> Tensor:
     """Both values of every packed byte, float32 ``[256, 2]``: high nibble first."""
     byte = torch.arange(256, device="cpu")
@@ -123,7 +140,7 @@ def byte_pairs(quant_type: str, device: torch.device) -> Tensor:
     return torch.stack((values[byte >> 4], values[byte & 15]), dim=1).contiguous().to(device)
 
 
-@lru_cache(maxsize=64)
+@_table
 def signed_dynamic_map(device: torch.device) -> Tensor:
     """The 8-bit signed dynamic data type, float32 ``[256]`` ascending; code 127 is exactly 0.
 
@@ -135,7 +152,7 @@ def signed_dynamic_map(device: torch.device) -> Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@lru_cache(maxsize=64)
+@_table
 def unsigned_dynamic_map(device: torch.device) -> Tensor:
     """The same without a sign and with twice the steps; code 0 is exactly 0.
 
@@ -153,13 +170,13 @@ def _dynamic(finer: int) -> list[float]:
     return values
 
 
-@lru_cache(maxsize=64)
+@_table
 def signed_thresholds(device: torch.device) -> Tensor:
     """The 255 float32 midpoints between neighbours of `signed_dynamic_map`, ascending."""
     return _midpoints(signed_dynamic_map(torch.device("cpu"))).to(device)
 
 
-@lru_cache(maxsize=64)
+@_table
 def unsigned_thresholds(device: torch.device) -> Tensor:
     """The 255 float32 midpoints between neighbours of `unsigned_dynamic_map`, ascending."""
     return _midpoints(unsigned_dynamic_map(torch.device("cpu"))).to(device)

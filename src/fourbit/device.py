@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import mmap
 import os
 import platform
 import sys
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 
-from fourbit import native
+from fourbit import arena, native
 from fourbit.errors import InputError
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -249,9 +250,47 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    arena.trim()
     trim = _from_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def drop_file_pages(tensor: torch.Tensor, *, whole: bool = False) -> None:
+    """Gives back what was read of a mapped file for ``tensor``; read again, it comes again.
+
+    A tensor that lies in no mapped file stays as it is. One that does must not have been written:
+    its values would again be the file's.
+
+    Args:
+        tensor: on the CPU.
+        whole: everything that was read of its file, for other tensors too.
+    """
+    advise = _from_glibc("madvise")
+    if advise is None or tensor.device.type != "cpu":
+        return
+    begin, page = tensor.data_ptr(), mmap.PAGESIZE
+    first = -(-begin // page) * page
+    last = (begin + tensor.nbytes) // page * page
+    low, high = _mapped_file(begin)
+    if whole:
+        first, last = low, high
+    if low <= first < last <= high:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+def _mapped_file(address: int) -> tuple[int, int]:
+    """Where the mapping of a file begins and ends in which ``address`` lies; zeros if in none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, _, _, _, inode, *_ = line.split(maxsplit=5)
+        low, high = (int(part, 16) for part in addresses.split("-"))
+        if low <= address < high:
+            return (low, high) if inode != "0" else (0, 0)
+    return 0, 0
+
+
+_MADV_DONTNEED = 4
+"""Of Linux' mman.h."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -243,6 +243,10 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
         model.name_or_path = model.config.name_or_path = source.name
     if quant is not None:
         _cast_unquantized(model, dtype)
+        # Reading a page maps some around it: what was quantized is partly in memory again.
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                devices.drop_file_pages(parameter, whole=True)
     if options.attn_implementation is None:
         use_fast_paths(model)
     devices.release_memory()

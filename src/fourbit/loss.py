@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit.ops import cross_entropy_rows_
 
@@ -120,7 +121,10 @@ def _chunks(
 
     The room is the same memory each time: fresh memory costs more than what is done with it.
     """
-    supervised = (labels_T != IGNORE).nonzero().squeeze(1)
+    if isinstance(labels_T, FakeTensor):  # a plan's, of which all may count
+        supervised = torch.arange(labels_T.numel())
+    else:
+        supervised = (labels_T != IGNORE).nonzero().squeeze(1)
     count = supervised.numel()
     chunks = -(-count // max(1, CHUNK_BYTES // (4 * vocab)))
     rows = max(1, -(-count // max(1, chunks)))  # no last chunk of a few rows: it would cost as much

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _ABI = 1
 _ENDING = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -177,7 +179,7 @@ def kernel(name: str, arguments: str) -> Callable[..., None]:
     Args:
         name: as in the table.
         arguments: a letter each: p pointer, l int64, i int, f float, d double. Tensors are passed
-            as their ``data_ptr()``, absent ones as None.
+            by their `address`.
 
     Raises:
         LookupError: no library, or none of this name; ask `isa` first.
@@ -185,7 +187,53 @@ def kernel(name: str, arguments: str) -> Callable[..., None]:
     chosen = isa()
     if chosen is None:
         raise LookupError(name)
+    return _nothing if _imagining else _function(chosen, name, arguments)
+
+
+def sizes(name: str, arguments: str) -> Callable[..., None]:
+    """As `kernel`, for the functions that only say what room others need."""
+    chosen = isa()
+    if chosen is None:
+        raise LookupError(name)
     return _function(chosen, name, arguments)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of the first element, for `kernel`; 0 for no tensor, and for one without memory."""
+    return 0 if tensor is None or isinstance(tensor, FakeTensor) else tensor.data_ptr()
+
+
+def addresses(*tensors: Tensor | None) -> list[int]:
+    """The `address` of each."""
+    return [address(tensor) for tensor in tensors]
+
+
+def value(tensor: Tensor) -> float:
+    """The number in a tensor of one element; 0 where a plan's tensor has none."""
+    return 0 if isinstance(tensor, FakeTensor) else tensor.item()
+
+
+def reads(tensor: Tensor) -> bool:
+    """Whether a kernel may be given ``tensor``: there is one, and memory behind it."""
+    real = bool(_imagining) or not isinstance(tensor, FakeTensor)
+    return tensor.device.type == "cpu" and real and isa() is not None
+
+
+_imagining: list[bool] = []
+
+
+@contextmanager
+def imagined() -> Iterator[None]:
+    """Inside, kernels do nothing: a plan runs the code around them on tensors without memory."""
+    _imagining.append(True)
+    try:
+        yield
+    finally:
+        _imagining.pop()
+
+
+def _nothing(*_arguments: object) -> None:
+    pass
 
 
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:

@@ -23,10 +23,10 @@ from fourbit.integrations.prompts import (
 )
 from fourbit.integrations.transformers import quantize_model
 from fourbit.linear import parameter_counts
+from fourbit.objective import Objective
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 from fourbit.training.adapter import save_adapter
-from fourbit.training.objective import Objective
 from models import documents, gradients, make_batch, tiny_model, tiny_tokenizer
 
 LSTM = {"encoder_reparameterization_type": "lstm", "encoder_num_layers": 2}

@@ -26,12 +26,12 @@ from fourbit.fused.scratch import SCRATCH
 from fourbit.integrations.peft import add_adapter
 from fourbit.integrations.transformers import quantize_model
 from fourbit.lora import LoraSettings
+from fourbit.objective import Objective
 from fourbit.optim import build_optimizer
 from fourbit.quantize import QuantConfig
 from fourbit.receipt import Watch
 from fourbit.training.config import TrainConfig
 from fourbit.training.loop import TrainLoop
-from fourbit.training.objective import Objective
 from models import tiny_model, write_model
 
 REFUSED = (

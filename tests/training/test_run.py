@@ -14,11 +14,11 @@ from commands import write_config
 from fourbit import checkpoint
 from fourbit.errors import EnvironmentFault, NumericStop
 from fourbit.files import sha256_of
+from fourbit.objective import Objective
 from fourbit.rundir import RunDir
 from fourbit.settings import load_settings
 from fourbit.training.config import TrainConfig
 from fourbit.training.loop import TrainLoop
-from fourbit.training.objective import Objective
 from fourbit.training.progress import Reporter
 
 

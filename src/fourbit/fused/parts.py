@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from fourbit import ops
+from fourbit import native, ops
 from fourbit.linear import Linear4bit
 
 _PATH = "_fourbit_path"
@@ -107,8 +106,7 @@ def draw_seeds(projections: tuple[Projection, ...]) -> tuple[int, ...]:
 
 
 def _seed(width: int) -> int:
-    drawn = ops.draw_seed(width)
-    return 0 if isinstance(drawn, FakeTensor) else int(drawn)  # a plan has no values
+    return int(native.value(ops.draw_seed(width)))
 
 
 def record_path(layer: nn.Module, path: str) -> None:

@@ -8,18 +8,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import native, ops
 from fourbit.fused.parts import Norm
 from fourbit.ops.cpu.dropout import run_dropout
 
 _KINDS = {"silu": 0, "gelu_tanh": 1}
-
-
-def native_serves(x: Tensor) -> bool:
-    """Whether there are native kernels for ``x``: a plan's tensors, for one, have no memory."""
-    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and native.isa() is not None
 
 
 def _call(name: str, arguments: str, x: Tensor, *values: object) -> None:
@@ -45,9 +39,9 @@ def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: i
     """
     width = x.shape[1] // groups
     if norm.bias is not None:
-        if native_serves(x):
-            pointers = (x.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr(), y.data_ptr())
-            sizes = (statistics.data_ptr(), x.shape[0], width, norm.eps)
+        if native.reads(x):
+            pointers = native.addresses(x, norm.weight, norm.bias, y)
+            sizes = (native.address(statistics), x.shape[0], width, norm.eps)
             _call("layer_norm", "pppppllf", x, *pointers, *sizes)
             return
         wide = x.float()
@@ -56,8 +50,8 @@ def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: i
         statistics.copy_(torch.cat((mean, rstd), 1))
         y.copy_((wide - mean) * rstd * norm.weight.float() + norm.bias.float())
         return
-    if native_serves(x):
-        pointers = (x.data_ptr(), norm.weight.data_ptr(), y.data_ptr(), statistics.data_ptr())
+    if native.reads(x):
+        pointers = native.addresses(x, norm.weight, y, statistics)
         sizes = (x.shape[0], groups, width, x.stride(0), y.stride(0), norm.eps, norm.offset)
         _call("rms_norm", "pppplllllff", x, *pointers, *sizes)
         return
@@ -89,11 +83,11 @@ def normalize_backward(
         groups: as in `normalize`.
     """
     width = x.shape[1] // groups
-    extra = None if added is None else added.data_ptr()
+    extra = native.address(added)
     if norm.bias is not None:
-        if native_serves(x):
-            pointers = (grad.data_ptr(), x.data_ptr(), norm.weight.data_ptr())
-            rest = (statistics.data_ptr(), extra, dx.data_ptr(), x.shape[0], width)
+        if native.reads(x):
+            pointers = native.addresses(grad, x, norm.weight)
+            rest = (native.address(statistics), extra, native.address(dx), x.shape[0], width)
             _call("layer_norm_backward", "ppppppll", x, *pointers, *rest)
             return
         rstd = statistics[:, 1:]
@@ -102,9 +96,9 @@ def normalize_backward(
         mean, dot = scaled.mean(1, keepdim=True), (scaled * xhat).mean(1, keepdim=True)
         result = rstd * (scaled - mean - xhat * dot)
     else:
-        if native_serves(x):
-            pointers = (grad.data_ptr(), x.data_ptr(), norm.weight.data_ptr())
-            rest = (statistics.data_ptr(), extra, dx.data_ptr(), x.shape[0], groups, width)
+        if native.reads(x):
+            pointers = native.addresses(grad, x, norm.weight)
+            rest = native.address(statistics), extra, native.address(dx), x.shape[0], groups, width
             strides = (x.stride(0), dx.stride(0), norm.offset)
             _call("rms_norm_backward", "pppppplllllf", x, *pointers, *rest, *strides)
             return
@@ -127,9 +121,9 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = Fal
         back: turn a gradient back instead.
     """
     head_dim, rotary = x.shape[1] // heads, cos.shape[1]
-    if native_serves(x):
+    if native.reads(x):
         sizes = (x.shape[0], heads, head_dim, rotary, x.stride(0), cos.shape[0], int(back))
-        _call("rotate", "ppplllllli", x, x.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes)
+        _call("rotate", "ppplllllli", x, *native.addresses(x, cos, sin), *sizes)
         return
     half = rotary // 2
     view = x.view(-1, cos.shape[0], heads, head_dim)
@@ -146,9 +140,9 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = Fal
 
 def activate(x: Tensor, h: Tensor, *, kind: str, gated: bool) -> None:
     """Writes ``act(a) * b`` (gated: a row of ``x`` is a, then b) or ``act(x)`` into ``h``."""
-    if native_serves(x):
+    if native.reads(x):
         sizes = (h.shape[0], h.shape[1], _KINDS[kind], int(gated))
-        _call("activate", "ppllii", x, x.data_ptr(), h.data_ptr(), *sizes)
+        _call("activate", "ppllii", x, *native.addresses(x, h), *sizes)
         return
     a = x[:, : h.shape[1]].float()
     value = _activation(a, kind)
@@ -163,9 +157,9 @@ def activate_backward(
     The result itself is written into ``h`` again, as `activate` does.
     """
     width = grad.shape[1]
-    if native_serves(x):
+    if native.reads(x):
         sizes = (grad.shape[0], width, _KINDS[kind], int(gated))
-        pointers = (x.data_ptr(), grad.data_ptr(), dx.data_ptr(), h.data_ptr())
+        pointers = native.addresses(x, grad, dx, h)
         _call("activate_backward", "ppppllii", x, *pointers, *sizes)
         return
     with torch.enable_grad():
@@ -188,7 +182,7 @@ def drop(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool = False
 
     The mask is that of `ops.dropout_mask`.
     """
-    if native_serves(x):
+    if native.reads(x):
         run_dropout(x, out, seed=seed, dropout=dropout, add=add)
         return
     mask = ops.reference.dropout_mask(x, torch.tensor([seed]), dropout)

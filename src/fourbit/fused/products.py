@@ -17,10 +17,8 @@ from torch import Tensor
 
 from fourbit import native
 from fourbit.device import instruction_sets
-from fourbit.fused.primitives import native_serves
 from fourbit.fused.scratch import SCRATCH
 from fourbit.fused.weights import Weights
-from fourbit.ops.cpu.registry import pointer
 
 _FEW_ROWS = 96
 """Below this many rows packing the other side costs more than a product of our own saves."""
@@ -36,7 +34,7 @@ _FLOAT = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _native(x: Tensor, *factors: Tensor) -> bool:
-    if not native_serves(x) or x.shape[0] < _FEW_ROWS:
+    if not native.reads(x) or x.shape[0] < _FEW_ROWS:
         return False
     if x.dtype not in _FAST.get(native.isa() or "", ()):
         return False
@@ -99,9 +97,13 @@ def multiply(
         "linear_product",
         "pppppifpppp",
         x,
-        *(x.data_ptr(), pointer(plain), None if stored is None else ctypes.addressof(stored)),
-        *(u.data_ptr(), factor.data_ptr(), native.DTYPES[factor.dtype], scale),
-        *(pointer(wide_bias), pointer(added), out.data_ptr(), ctypes.addressof(layout)),
+        *native.addresses(x, plain),
+        None if stored is None else ctypes.addressof(stored),
+        *native.addresses(u, factor),
+        native.DTYPES[factor.dtype],
+        scale,
+        *native.addresses(wide_bias, added, out),
+        ctypes.addressof(layout),
         room=_room("linear_room", rows, depth, width, rank),
     )
 
@@ -125,8 +127,9 @@ def reduce(x: Tensor, factor: Tensor, out: Tensor, *, scale: float = 1.0) -> Non
         "low_rank_reduce",
         "plpllipllllf",
         x,
-        *(x.data_ptr(), x.stride(0), factor.data_ptr(), factor.stride(1), factor.stride(0)),
-        *(native.DTYPES[factor.dtype], out.data_ptr(), out.stride(0), rows, depth, rank, scale),
+        *(native.address(x), x.stride(0), native.address(factor), *factor.stride()[::-1]),
+        *(native.DTYPES[factor.dtype], native.address(out), out.stride(0)),
+        *(rows, depth, rank, scale),
         room=_room("low_rank_reduce_room", rows, depth, 0, rank),
     )
 
@@ -162,7 +165,7 @@ def gradient(u: Tensor, x: Tensor, out: Tensor, *, scale: float = 1.0) -> None:
         "low_rank_gradient",
         "plplplllllf",
         x,
-        *(u.data_ptr(), u.stride(0), x.data_ptr(), x.stride(0), out.data_ptr()),
+        *(native.address(u), u.stride(0), native.address(x), x.stride(0), native.address(out)),
         *(*out.stride(), rows, rank, width, scale),
         room=_room("low_rank_gradient_room", rows, width, 0, rank),
     )
@@ -175,11 +178,11 @@ def _room(name: str, *sizes: int) -> int:
 @lru_cache(maxsize=1024)
 def _asked(_isa: str | None, threads: int, name: str, sizes: tuple[int, ...]) -> int:
     found = ctypes.c_int64()
-    native.kernel(name, "llllip")(*sizes, threads, ctypes.addressof(found))
+    native.sizes(name, "llllip")(*sizes, threads, ctypes.addressof(found))
     return found.value
 
 
 def _call(name: str, arguments: str, x: Tensor, *values: object, room: int) -> None:
     buffer = SCRATCH.take("product", (room,), _FLOAT)
-    code = (buffer.data_ptr(), native.DTYPES[x.dtype], torch.get_num_threads())
+    code = (native.address(buffer), native.DTYPES[x.dtype], torch.get_num_threads())
     native.kernel(name, arguments + "pii")(*values, *code)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Scratch(threading.local):
@@ -22,8 +23,6 @@ class Scratch(threading.local):
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A contiguous tensor of ``shape`` with the dtype and device of ``like``."""
-        if isinstance(like, FakeTensor):
-            return like.new_empty(shape)  # a plan's tensors, which must not meet real ones
         count = math.prod(shape)
         key = (name, like.dtype, like.device)
         buffer = self._buffers.get(key)
@@ -31,6 +30,19 @@ class Scratch(threading.local):
             buffer = torch.empty(count, dtype=like.dtype, device=like.device)
             self._buffers[key] = buffer
         return buffer[:count].view(shape)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, there are no buffers yet, and those taken there are gone afterwards."""
+        outside, self._buffers = self._buffers, {}
+        try:
+            yield
+        finally:
+            self._buffers = outside
+
+    def buffers(self) -> list[Tensor]:
+        """All that were made."""
+        return list(self._buffers.values())
 
     def release(self) -> None:
         """Gives the memory back."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import ops
 from fourbit.fused.scratch import SCRATCH
@@ -68,8 +67,6 @@ class Weights:
 
 
 def _expand_into(layer: Linear4bit | nn.Linear, out: Tensor) -> None:
-    if isinstance(out, FakeTensor):
-        return  # a plan's buffer has no memory to fill
     if isinstance(layer, Linear4bit):
         ops.dequantize_into(
             layer.scales, blocksize=layer.blocksize, quant_type=layer.quant_type, out=out

@@ -11,6 +11,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -75,18 +77,31 @@ def _sources(model: PreTrainedModel) -> list[str]:
     return [inspect.getsource(sys.modules[name]) for name in sorted(names) if name in sys.modules]
 
 
+_whole_rows: list[bool] = []
+
+
+@contextmanager
+def whole_rows() -> Iterator[None]:
+    """Inside, every row is one document without padding, as a plan's tensors cannot say."""
+    _whole_rows.append(True)
+    try:
+        yield
+    finally:
+        _whole_rows.pop()
+
+
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The mask that PyTorch's attention would get, with the ranges that it amounts to beside it.
 
     A model that slices or changes the mask loses the ranges and gets PyTorch's attention.
     """
+    window = kwargs.get("local_size")
+    if _whole_rows and (window is None or window > kwargs.get("kv_length", 0)):
+        return None
     mask = sdpa_mask(*args, **kwargs)
     if mask is None or not _may_be_ranges(mask, kwargs):
         return mask
-    if isinstance(mask, FakeTensor):  # a plan's, which has no values to look at
-        first = mask.new_empty((mask.shape[0], mask.shape[2]), dtype=torch.int32)
-    else:
-        first = _ranges(mask[:, 0], kwargs.get("attention_mask"))
+    first = _ranges(mask[:, 0], kwargs.get("attention_mask"))
     if first is not None:
         setattr(mask, _RANGES, (first, mask._version))
     return mask
@@ -130,17 +145,20 @@ def _ranges(seen: Tensor, padding: Tensor | None) -> Tensor | None:
         padding: bool ``[B, T]``, False for padding. What padding sees is left open: nobody sees it.
     """
     length = seen.shape[-1]
+    known = not isinstance(seen, FakeTensor)  # a plan's has no values to look at
     at = torch.arange(length, dtype=torch.int32)
     nothing = ~seen.any(-1)
     if padding is not None and padding.shape[-1] == length:
         hidden = ~padding.bool()
-        if (seen & hidden[:, None]).any():
+        forbidden = (seen & hidden[:, None]).any()
+        if known and forbidden:
             return None
         nothing = nothing | hidden
     first = seen.to(torch.uint8).argmax(-1).to(torch.int32)
     first = torch.where(nothing, length, first)
     expected = (at >= first[..., None]) & (at <= at[:, None])
-    if not torch.equal(expected, seen & ~nothing[..., None]):
+    found = seen & ~nothing[..., None]
+    if known and not torch.equal(expected, found):
         return None
     return first
 

@@ -82,6 +82,11 @@ def use_fused_layers(model: nn.Module) -> int:
     return len(layers)
 
 
+def has_fused_layers(model: nn.Module) -> bool:
+    """Whether decoder layers were turned into fused ones."""
+    return any(isinstance(module, _FusedLayer) for module in model.modules())
+
+
 class _FusedLayer:
     """Mixed in before transformers' decoder layer."""
 

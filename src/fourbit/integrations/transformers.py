@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AutoHfQuantizer,
@@ -30,6 +31,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from fourbit import bnb_format
+from fourbit.device import drop_file_pages
 from fourbit.errors import FourbitError, InputError, ModelError, nearest
 from fourbit.experts import pack_stack
 from fourbit.integrations import peft as peft_hooks
@@ -98,6 +100,7 @@ class _Quantize(_Operation):
                     self.hf_quantizer.loaded.add(name)
             except FourbitError as error:
                 raise self._kept(error) from None
+            drop_file_pages(weight)
         return result
 
 
@@ -645,8 +648,24 @@ def converts_weights(model: PreTrainedModel) -> bool:
     return any(isinstance(step, WeightConverter) for step in found)
 
 
-def enable_checkpointing(model: PreTrainedModel) -> None:
-    """Recompute activations in backward (non-reentrant: frozen inputs need no special hook)."""
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers whose activations can be computed again one by one, in order."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            layers = list(module)
+            if all(isinstance(layer, GradientCheckpointingLayer) for layer in layers):
+                return layers
+    return []
+
+
+def enable_checkpointing(model: PreTrainedModel, layers: int | None = None) -> None:
+    """Recompute activations in backward (non-reentrant: frozen inputs need no special hook).
+
+    Args:
+        model: whose layers are recomputed.
+        layers: how many, from the first on, whose turn in backward comes when the others' memory
+            is free again; None: all.
+    """
     settings = {"use_reentrant": False}
     # transformers 5.23 renamed the method; 5.17 has only the old name.
     enable = getattr(model, "activation_checkpointing_enable", None)
@@ -654,6 +673,8 @@ def enable_checkpointing(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
     else:
         enable(activation_checkpointing_kwargs=settings)
+    for layer in decoder_layers(model)[layers:] if layers is not None else ():
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
 
 
 def disable_checkpointing(model: PreTrainedModel) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fourbit import native
 from fourbit.ops import attention_schema as plain
 from fourbit.ops.cpu import attention as cpu
 
@@ -69,7 +68,7 @@ def attention_forward(
     Returns:
         Logarithms of sums, float32 ``[B, H, T]``, for `attention_backward`.
     """
-    if scale > 0 and _native(q, k, v, out):
+    if scale > 0 and cpu.fits(q, k, v, out):
         return cpu.run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out)
     result, lse = plain.attention(q, k, v, first, scale, softcap)
     out.copy_(result)
@@ -107,7 +106,7 @@ def attention_backward(
         dk: shaped like ``k``; likewise.
         dv: shaped like ``v``; likewise.
     """
-    if scale > 0 and _native(q, k, v, o, grad_o, dq, dk, dv):
+    if scale > 0 and cpu.fits(q, k, v, o, grad_o, dq, dk, dv):
         cpu.run_backward(
             grad_o,
             (q, k, v, o),
@@ -121,7 +120,3 @@ def attention_backward(
     found = plain.attention_backward(grad_o, q, k, v, o, lse, first, scale, softcap)
     for buffer, grad in zip((dq, dk, dv), found, strict=True):
         buffer.copy_(grad)
-
-
-def _native(*tensors: Tensor) -> bool:
-    return native.isa() is not None and cpu.fits(*tensors)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fourbit import codebook
+from fourbit import codebook, native
 from fourbit.ops.schema import default_kernel
 
 _TINY = 1e-38  # keeps 1/absmax finite for an all-zero block
@@ -245,7 +245,7 @@ def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     Element i is decided by 32 bits mixed from i and the 64 bits of ``seed``, so that the mask is
     the same on every device and for any way of computing it.
     """
-    number = int(seed.item())
+    number = int(native.value(seed))
     low, high = number & _WORD, (number >> 32) & _WORD
     keep = torch.empty(x.numel(), dtype=torch.bool, device=x.device)
     for start in range(0, x.numel(), _CHUNK):

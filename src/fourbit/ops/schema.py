@@ -44,11 +44,16 @@ LIBRARY.define(
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 
+CPU_KERNELS: dict[str, Callable[..., Any]] = {}
+"""What serves each op on a CPU: a plan runs it to see what it allocates."""
+
+
 def default_kernel(name: str) -> Callable[[_Fn], _Fn]:
     """Registers the plain PyTorch kernel of an op: it serves every device without a faster one."""
 
     def register(function: _Fn) -> _Fn:
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        CPU_KERNELS.setdefault(name, function)
         return function
 
     return register

@@ -113,7 +113,7 @@ def update_32bit(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, c: Coefficients)
     if _native_serves(p, grad):
         rule = _rule(c)
         native.kernel("adamw_32bit", "pppplpii")(
-            *(p.data_ptr(), grad.data_ptr(), m.data_ptr(), v.data_ptr(), p.numel()),
+            *(*native.addresses(p, grad, m, v), p.numel()),
             *(ctypes.addressof(rule), native.DTYPES[p.dtype], torch.get_num_threads()),
         )
         return
@@ -130,7 +130,7 @@ def update_8bit(p: Tensor, grad: Tensor, m: Moment, v: Moment, c: Coefficients) 
     if _native_serves(p, grad):
         rule, first, second = _rule(c), _fields(m), _fields(v)
         native.kernel("adamw_8bit", "pppplpii")(
-            *(p.data_ptr(), grad.data_ptr(), ctypes.addressof(first), ctypes.addressof(second)),
+            *(*native.addresses(p, grad), ctypes.addressof(first), ctypes.addressof(second)),
             *(p.numel(), ctypes.addressof(rule), native.DTYPES[p.dtype], torch.get_num_threads()),
         )
         return
@@ -150,5 +150,5 @@ def _rule(c: Coefficients) -> ctypes.Array[ctypes.c_char]:
 
 
 def _fields(moment: Moment) -> ctypes.Array[ctypes.c_int64]:
-    tables = (table.data_ptr() for table in moment.tables)
-    return native.integers(moment.codes.data_ptr(), moment.absmax.data_ptr(), *tables)
+    tables = (native.address(table) for table in moment.tables)
+    return native.integers(*native.addresses(moment.codes, moment.absmax), *tables)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from fourbit.data.config import DataConfig
 from fourbit.device import Precision
 from fourbit.lora import LoraSettings
 from fourbit.methods import READ_BY, Method, trains_prompt
 from fourbit.optim import OptimConfig
+from fourbit.planning import ALL_LAYERS
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 from fourbit.settings import Settings
@@ -55,8 +56,9 @@ class TrainConfig(Settings):
     grad_accum: int = Field(default=4, ge=1, le=65536, description="micro-batches in a step")
     epochs: float = Field(default=1, gt=0, le=10000, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps")
-    gradient_checkpointing: Literal["auto", "none", "all"] = Field(
-        default="auto", description="recompute activations in backward; auto: when memory needs it"
+    gradient_checkpointing: Literal["auto", "none", "all"] | PositiveInt = Field(
+        default="auto",
+        description="layers whose activations are recomputed in backward; auto: as memory needs",
     )
     precision: Precision = Field(default="auto", description="bf16, fp16 (with a scaler) or fp32")
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
@@ -97,6 +99,13 @@ class TrainConfig(Settings):
     resume: Annotated[str, BeforeValidator(str), BeforeValidator(_lower)] = Field(
         default="never", description="never, auto (newest checkpoint that verifies) or a step"
     )
+
+    @property
+    def recomputed_layers(self) -> int | None:
+        """What ``gradient_checkpointing`` says in layers; None leaves it to the plan."""
+        named = {"auto": None, "none": 0, "all": ALL_LAYERS}
+        value = self.gradient_checkpointing
+        return value if isinstance(value, int) else named[value]
 
     @field_validator("parallel")
     @classmethod

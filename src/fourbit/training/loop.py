@@ -23,11 +23,11 @@ from fourbit.errors import EnvironmentFault, NumericStop
 from fourbit.files import human_bytes
 from fourbit.fused import paths
 from fourbit.fused.scratch import SCRATCH
+from fourbit.objective import Objective
 from fourbit.ops import dropout_after
 from fourbit.optim import AdamW, lr_factors
 from fourbit.receipt import Watch
 from fourbit.training.config import TrainConfig
-from fourbit.training.objective import Objective
 
 _MAX_NONFINITE = 3
 _MIN_SCALE = 1.0

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fourbit import __version__, checkpoint, planner
+from fourbit import __version__, arena, checkpoint, planning
 from fourbit import device as devices
 from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
 from fourbit.errors import EnvironmentFault, FourbitError, InputError
@@ -30,6 +30,7 @@ from fourbit.loading import (
     unquantized_tensors,
 )
 from fourbit.methods import quantized_base, trains_prompt
+from fourbit.objective import Objective, mixed_precision
 from fourbit.optim import build_optimizer
 from fourbit.receipt import Receipt, Watch, read_receipt
 from fourbit.rundir import RunDir
@@ -48,7 +49,6 @@ from fourbit.training.adapter import (
 from fourbit.training.card import model_card
 from fourbit.training.config import TrainConfig
 from fourbit.training.loop import LoopState, StepResult, TrainLoop
-from fourbit.training.objective import Objective
 from fourbit.training.progress import Reporter
 from fourbit.training.prompts import inject_prompt, settle, text_context
 from fourbit.training.signals import SignalGuard
@@ -162,7 +162,7 @@ class _Run:
     model_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
-    plan: planner.Plan
+    plan: planning.Plan
     model: nn.Module
     objective: Objective
     loop: TrainLoop
@@ -192,6 +192,7 @@ class _Run:
                 "plan": self.plan.as_dict(),
                 "audit": self.data.audit.as_dict(),
                 "machine": devices.machine().as_dict(),
+                "arena": arena.active(),
                 "origins": self.origins,
             },
         )
@@ -301,16 +302,18 @@ class _Run:
     def _plan(self, device: torch.device) -> None:
         data = self.config.data
         longest = int(self.data.train.lengths.max())
-        self.plan = planner.plan_training(
+        self.plan = planning.plan_training(
             self.model_config,
-            planner.TrainingShape(
+            planning.TrainingShape(
                 method=self.config.method,
                 quant=self.config.quant,
                 lora=self.config.lora,
                 dtype=self.dtype,
                 batch_size=self.config.batch_size,
                 length=data.max_length if data.packing else longest,
-                checkpointing=self.config.gradient_checkpointing,
+                recompute=self.config.recomputed_layers,
+                packing=data.packing or self.config.batch_size > 1,
+                grad_accum=self.config.grad_accum,
                 prompt=self.config.prompt,
                 optim=self.config.optim,
             ),
@@ -342,7 +345,7 @@ class _Run:
                     f" ({tensor.share:.0%} of the model)"
                 )
         if self.plan.checkpointing:
-            enable_checkpointing(base)
+            enable_checkpointing(base, layers=self.plan.recomputed_layers)
         if full:
             base.requires_grad_(True)
             self.model = base
@@ -361,10 +364,8 @@ class _Run:
 
     def _assemble(self) -> None:
         config = self.config
-        quantized = quantized_base(config.method)
-        mixed = not quantized or _trains_outside_adapters(self.model)
-        autocast = self.dtype if mixed and self.dtype != torch.float32 else None
-        self.objective = Objective(self.model, autocast)
+        mixed = mixed_precision(self.model, self.dtype, config.method)
+        self.objective = Objective(self.model, mixed)
         batches = self._batches(self.data.train, seed=config.seed)
         pad = pad_id(self.tokenizer)
         first = collate(self.data.train, batches.epoch(0)[0], pad_id=pad)
@@ -729,12 +730,3 @@ class _Run:
             train_seconds=facts.get("train_seconds"),
             dry_run=dry_run,
         )
-
-
-def _trains_outside_adapters(model: nn.Module) -> bool:
-    """Whether something is trained whose result is not cast where it enters the model."""
-    return any(
-        parameter.requires_grad
-        and not any(part in name for part in (".lora_A.", ".lora_B.", "prompt_encoder."))
-        for name, parameter in model.named_parameters()
-    )

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import native
 from fourbit.ops import attention_schema as plain
-from fourbit.ops.cpu.registry import NARROW_OR_WIDE, cpu_kernel, pointer, threads
+from fourbit.ops.cpu.registry import NARROW_OR_WIDE, cpu_kernel, threads
 
 
 def run_forward(
@@ -32,9 +31,9 @@ def run_forward(
     layout = _layout(q, k, v, (q, k, v, out))
     scratch = _scratch(layout, q.dtype, backward=False)
     native.kernel("attention_forward", "ppppppppffii")(
-        *map(pointer, (q, k, v, first, out, lse)),
+        *native.addresses(q, k, v, first, out, lse),
         ctypes.addressof(layout),
-        pointer(scratch),
+        native.address(scratch),
         scale,
         softcap,
         native.DTYPES[q.dtype],
@@ -60,9 +59,9 @@ def run_backward(
     layout = _layout(q, k, v, (q, k, v, out, grad_o, *grads))
     scratch = _scratch(layout, q.dtype, backward=True)
     native.kernel("attention_backward", "ppppppppppppffii")(
-        *map(pointer, (grad_o, q, k, v, out, lse, first, *grads)),
+        *native.addresses(grad_o, q, k, v, out, lse, first, *grads),
         ctypes.addressof(layout),
-        pointer(scratch),
+        native.address(scratch),
         scale,
         softcap,
         native.DTYPES[q.dtype],
@@ -80,7 +79,7 @@ def _layout(q: Tensor, k: Tensor, v: Tensor, tensors: Sequence[Tensor]) -> ctype
 
 def _scratch(layout: ctypes.Array, dtype: torch.dtype, *, backward: bool) -> Tensor:
     size = ctypes.c_int64()
-    native.kernel("attention_scratch", "ppiii")(
+    native.sizes("attention_scratch", "ppiii")(
         ctypes.addressof(layout),
         ctypes.addressof(size),
         int(backward),
@@ -96,8 +95,7 @@ def fits(*tensors: Tensor) -> bool:
     return (
         q.dtype in NARROW_OR_WIDE
         and q.shape[1] == k.shape[1]
-        and not isinstance(q, FakeTensor)
-        and all(t.dtype == q.dtype and t.device.type == "cpu" for t in tensors)
+        and all(t.dtype == q.dtype and native.reads(t) for t in tensors)
         and all(t.stride(-1) == 1 or t.shape[-1] == 1 for t in tensors)
     )
 

@@ -13,10 +13,9 @@ from fourbit.ops.cpu.registry import NARROW_OR_WIDE, cpu_kernel, threads
 def run_dropout(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool) -> None:
     """Writes ``x * mask`` into ``out``, or adds it there; contiguous, float32 or bfloat16."""
     # rounded as the mask's own values are
-    scale = float(torch.ones((), dtype=x.dtype, device="cpu").div_(1.0 - dropout))
+    scale = native.value(torch.ones((), dtype=x.dtype, device="cpu").div_(1.0 - dropout))
     native.kernel("dropout", "pplllfiii")(
-        x.data_ptr(),
-        out.data_ptr(),
+        *native.addresses(x, out),
         x.numel(),
         seed,
         reference.dropout_threshold(dropout),
@@ -33,5 +32,5 @@ def dropout_mask(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
     if native.isa() is None or x.dtype not in NARROW_OR_WIDE:
         return reference.dropout_mask(x, seed, dropout)
     mask = torch.ones(x.shape, dtype=x.dtype, device="cpu")
-    run_dropout(mask, mask, seed=int(seed.item()), dropout=dropout, add=False)
+    run_dropout(mask, mask, seed=int(native.value(seed)), dropout=dropout, add=False)
     return mask

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fourbit import codebook, native
 from fourbit.ops import reference
-from fourbit.ops.cpu.registry import cpu_kernel, pointer, threads
+from fourbit.ops.cpu.registry import cpu_kernel, threads
 
 _CPU = torch.device("cpu")
 _WIDE = (torch.float32, torch.int32)
@@ -33,11 +34,13 @@ def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tens
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=_CPU)
     absmax = torch.empty(-(-count // blocksize), dtype=torch.float32, device=_CPU)
     native.kernel("quantize_4bit", "pppppllii")(
-        weight.data_ptr(),
-        codebook.thresholds(quant_type, _CPU).data_ptr(),
-        codebook.ascending_codes(quant_type, _CPU).data_ptr(),
-        packed.data_ptr(),
-        absmax.data_ptr(),
+        *native.addresses(
+            weight,
+            codebook.thresholds(quant_type, _CPU),
+            codebook.ascending_codes(quant_type, _CPU),
+            packed,
+            absmax,
+        ),
         count,
         blocksize,
         native.DTYPES[weight.dtype],
@@ -58,11 +61,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         -(-absmax.numel() // codebook.NESTED_BLOCKSIZE), dtype=torch.float32, device=_CPU
     )
     native.kernel("quantize_absmax", "ppfppli")(
-        absmax.data_ptr(),
-        codebook.signed_thresholds(_CPU).data_ptr(),
+        *native.addresses(absmax, codebook.signed_thresholds(_CPU)),
         offset.item(),
-        codes.data_ptr(),
-        nested.data_ptr(),
+        *native.addresses(codes, nested),
         absmax.numel(),
         threads(),
     )
@@ -123,9 +124,9 @@ def packed_fields(
     nested = [0, 0, 0]
     if nested_absmax is not None and nested_offset is not None:
         map_ = codebook.signed_dynamic_map(_CPU)
-        nested = [nested_absmax.data_ptr(), map_.data_ptr(), nested_offset.data_ptr()]
-    table = codebook.code(quant_type, _CPU).data_ptr()
-    return [packed.data_ptr(), absmax.data_ptr(), *nested, table, blocksize, count]
+        nested = native.addresses(nested_absmax, map_, nested_offset)
+    table = native.address(codebook.code(quant_type, _CPU))
+    return [*native.addresses(packed, absmax), *nested, table, blocksize, count]
 
 
 def _complete(
@@ -173,7 +174,7 @@ def _dequantize(
     struct = native.integers(*fields)
     native.kernel("dequantize_4bit", "ppllii")(
         ctypes.addressof(struct),
-        out.data_ptr(),
+        native.address(out),
         first,
         out.numel(),
         native.DTYPES[out.dtype],
@@ -192,9 +193,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(weight.shape, dtype=torch.int8, device=_CPU)
     absmax = torch.empty(rows, dtype=torch.float32, device=_CPU)
     native.kernel("quantize_int8", "pppllii")(
-        weight.data_ptr(),
-        codes.data_ptr(),
-        absmax.data_ptr(),
+        *native.addresses(weight, codes, absmax),
         rows,
         width,
         native.DTYPES[weight.dtype],
@@ -212,9 +211,7 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
     codes, absmax = codes.contiguous(), absmax.contiguous()
     out = torch.empty(codes.shape, dtype=dtype, device=_CPU)
     native.kernel("dequantize_int8", "pppllii")(
-        codes.data_ptr(),
-        absmax.data_ptr(),
-        out.data_ptr(),
+        *native.addresses(codes, absmax, out),
         codes.shape[0],
         codes.shape[1],
         native.DTYPES[dtype],
@@ -237,7 +234,9 @@ def linear_int8(
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     x_codes, x_scales, marks = _quantize_activations(flat, threshold)
     extra = None
-    outliers = marks.nonzero()[:, 0] if threshold > 0 else marks[:0]
+    # a plan knows no values: its activations have no outliers
+    seen = threshold > 0 and not isinstance(marks, FakeTensor)
+    outliers = marks.nonzero()[:, 0] if seen else marks[:0]
     if outliers.numel():
         x_codes[:, outliers] = 0
         extra = reference.outlier_product(flat, codes, scales, outliers)
@@ -245,12 +244,7 @@ def linear_int8(
     y = torch.empty(sums.shape, dtype=x.dtype, device=_CPU)
     bias = None if bias is None else bias.float().contiguous()
     native.kernel("finish_int8", "ppppppllii")(
-        sums.data_ptr(),
-        x_scales.data_ptr(),
-        scales.data_ptr(),
-        pointer(extra),
-        pointer(bias),
-        y.data_ptr(),
+        *native.addresses(sums, x_scales, scales, extra, bias, y),
         sums.shape[0],
         sums.shape[1],
         native.DTYPES[x.dtype],
@@ -274,10 +268,7 @@ def _quantize_activations(flat: Tensor, threshold: float) -> tuple[Tensor, Tenso
     scales = torch.empty(rows, dtype=torch.float32, device=_CPU)
     marks = torch.zeros(width, dtype=torch.uint8, device=_CPU)
     native.kernel("quantize_activations", "ppppllfii")(
-        flat.data_ptr(),
-        codes.data_ptr(),
-        scales.data_ptr(),
-        marks.data_ptr(),
+        *native.addresses(flat, codes, scales, marks),
         rows,
         width,
         threshold,
@@ -293,7 +284,7 @@ def count_nonfinite(x: Tensor) -> tuple[int, int]:
         return reference.count_nonfinite(x)
     found = torch.empty(2, dtype=torch.int64, device=_CPU)
     native.kernel("count_nonfinite", "plpii")(
-        x.data_ptr(), x.numel(), found.data_ptr(), native.DTYPES[x.dtype], threads()
+        native.address(x), x.numel(), native.address(found), native.DTYPES[x.dtype], threads()
     )
     first, count = found.tolist()
     return first, count

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fourbit import native
-from fourbit.ops.schema import LIBRARY
+from fourbit.ops.schema import CPU_KERNELS, LIBRARY
 
 NARROW_OR_WIDE = (torch.float32, torch.bfloat16)
 """Dtypes of activations that kernels of csrc/ take (its `by_type`)."""
@@ -23,14 +22,10 @@ def cpu_kernel(name: str) -> Callable[[_Fn], _Fn]:
     def register(function: _Fn) -> _Fn:
         if native.isa() is not None:
             LIBRARY.impl(name, function, "CPU")
+            CPU_KERNELS[name] = function
         return function
 
     return register
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Address of the first element; None for no tensor."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 def threads() -> int:

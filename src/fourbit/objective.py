@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from fourbit.data import Batch
 from fourbit.device import keep_freed_memory
 from fourbit.errors import InputError
+from fourbit.integrations.fused import has_fused_layers
 from fourbit.integrations.peft import base_model, head_weight
 from fourbit.integrations.prompts import prompt_length, prompted, with_prompt
-from fourbit.integrations.transformers import enable_checkpointing
+from fourbit.integrations.transformers import decoder_layers, enable_checkpointing
 from fourbit.linear import row_by_row
 from fourbit.loss import (
     LogitTransform,
@@ -24,8 +25,23 @@ from fourbit.loss import (
     logits_cross_entropy,
     shift_labels,
 )
+from fourbit.methods import Method, quantized_base
 
 _PROBE_TOKENS = 24
+
+
+def mixed_precision(model: nn.Module, dtype: torch.dtype, method: Method) -> torch.dtype | None:
+    """What `Objective` needs as ``autocast_dtype`` where activations shall be ``dtype``.
+
+    Quantized and fused layers cast what enters and leaves their adapters themselves.
+    """
+    outside = any(
+        parameter.requires_grad
+        and not any(part in name for part in (".lora_A.", ".lora_B.", "prompt_encoder."))
+        for name, parameter in model.named_parameters()
+    )
+    alone = quantized_base(method) or has_fused_layers(model)
+    return None if dtype == torch.float32 or (alone and not outside) else dtype
 
 
 @dataclass
@@ -93,7 +109,10 @@ class Objective:
 
     def recompute_activations(self) -> bool:
         """From now on activations are recomputed in backward; False when they already are."""
-        if self.base.is_gradient_checkpointing:
+        layers = decoder_layers(self.base)
+        if self.base.is_gradient_checkpointing and all(
+            getattr(layer, "gradient_checkpointing", True) for layer in layers
+        ):
             return False
         enable_checkpointing(self.base)
         return True
@@ -106,24 +125,33 @@ class Objective:
 
     def hidden(self, batch: Batch) -> Tensor:
         """``[B, T, H]``: what the head is given, at the positions of the text."""
+        return self._hidden(self._inputs(batch))
+
+    def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
         backbone = self.base.base_model
         with self.autocast():
-            return backbone(**self._inputs(batch), use_cache=False)[0][:, self._skipped :]
+            return backbone(**inputs, use_cache=False)[0][:, self._skipped :]
 
     def logits(self, batch: Batch) -> Tensor:
         """``[B, T, V]``, materialised."""
+        return self._logits(self._inputs(batch))
+
+    def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with self.autocast():
-            return self.base(**self._inputs(batch), use_cache=False).logits[:, self._skipped :]
+            return self.base(**inputs, use_cache=False).logits[:, self._skipped :]
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of token losses over the supervised positions, float32 scalar."""
-        labels = shift_labels(batch.labels).to(self.device)
+        return self.loss_of(self._inputs(batch), shift_labels(batch.labels).to(self.device))
+
+    def loss_of(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """The same of what the model is given and of labels that are aligned already."""
         module = self.base.get_output_embeddings() if self.chunked else None
         head = None if module is None else head_weight(module)
         if head is None:
-            return logits_cross_entropy(self.logits(batch), labels)
+            return logits_cross_entropy(self._logits(inputs), labels)
         weight, bias = head
-        hidden = self.hidden(batch)
+        hidden = self._hidden(inputs)
         if self.autocast_dtype is not None:
             hidden = hidden.to(self.autocast_dtype)
         return linear_cross_entropy(hidden, weight, labels, bias=bias, transform=self._transform)

@@ -11,8 +11,8 @@ from fourbit.errors import InputError
 from fourbit.integrations.peft import add_adapter
 from fourbit.integrations.transformers import enable_checkpointing, quantize_model
 from fourbit.lora import LoraSettings
+from fourbit.objective import Objective
 from fourbit.quantize import QuantConfig
-from fourbit.training.objective import Objective
 from models import (
     PACKABLE,
     UNPACKABLE,

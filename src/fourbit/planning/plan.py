@@ -1,0 +1,244 @@
+"""What a run will need, before it runs: bytes by part and by phase, from shapes alone.
+
+Weights, adapters and optimizer state are counted on a model built without data. What comes and
+goes is seen on two imagined steps of that model (`fourbit.planning.step`): the layers' own code
+runs, so what they allocate and what is planned cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from fourbit import arena
+from fourbit import device as devices
+from fourbit.linear import packed_weights, parameter_counts
+from fourbit.methods import quantized_base
+from fourbit.optim import resident_bytes
+from fourbit.planning.shape import TrainingShape
+from fourbit.planning.skeleton import make_skeleton
+from fourbit.planning.step import ImaginedSteps, Moment
+
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+_HOLES = {True: 0.02, False: 0.06}
+"""Free room between blocks that no block fits into, as a share of what comes and goes: with
+`fourbit.arena` and with glibc alone, whose share is larger still where layers are not fused."""
+_RUNTIME = 45 << 20
+"""Pages of the libraries, and small objects, that only a training touches; measured on Linux."""
+_RESERVE = 0.9
+"""Share of the free memory a plan may use; the rest is for what no plan sees."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part and phase.
+
+    Attributes:
+        parts: bytes at the highest moment of the run.
+        phases: the same at the highest moment of each phase.
+        available_bytes: memory of the device that is free now.
+        recomputed_layers: decoder layers whose activations are computed again in backward.
+        layers: decoder layers.
+        paged: whether only some pages of the optimizer's state are in memory.
+        trainable: trainable parameters.
+        parameters: all parameters, unpacked.
+    """
+
+    parts: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    available_bytes: int | None
+    recomputed_layers: int
+    layers: int
+    paged: bool
+    trainable: int
+    parameters: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The highest sum of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return self.recomputed_layers > 0
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the peak stays below the free memory; None when that is not known."""
+        if not self.available_bytes:
+            return None
+        return self.peak_bytes <= self.available_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json`` and the report."""
+        derived = {"peak_bytes": self.peak_bytes, "checkpointing": self.checkpointing}
+        return {**asdict(self), **derived, "fits": self.fits}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        parts = ", ".join(f"{name} {_megabytes(size)}" for name, size in self.parts.items())
+        fits = {True: "fits", False: "does NOT fit", None: "free memory unknown"}[self.fits]
+        free = f" of {_megabytes(self.available_bytes)} free" if self.available_bytes else ""
+        how = ""
+        if self.checkpointing:
+            which = "all" if self.recomputed_layers == self.layers else str(self.recomputed_layers)
+            how = f", activations of {which} layers recomputed"
+        how += ", optimizer state paged" if self.paged else ""
+        phases = ", ".join(
+            f"{name} {_megabytes(sum(parts.values()))}" for name, parts in self.phases.items()
+        )
+        return [
+            f"plan: {parts}",
+            f"plan: by phase: {phases}",
+            f"plan: peak {_megabytes(self.peak_bytes)}{free}: {fits}{how}",
+        ]
+
+
+def _megabytes(size: int | None) -> str:
+    return f"{(size or 0) / 1e6:,.0f} MB"
+
+
+def plan_training(config: PretrainedConfig, shape: TrainingShape, *, device: torch.device) -> Plan:
+    """Plans a run; no weight is read.
+
+    What is ``auto`` gives way one after the other while the run would not fit: activations are
+    recomputed, in as few layers as will do, then the optimizer's state is paged (``optim.paged``).
+
+    Args:
+        config: the model's architecture.
+        shape: the run.
+        device: where it will run.
+
+    Raises:
+        InputError: PEFT refuses the adapter.
+    """
+    holes = 0.0
+    if device.type == "cpu":
+        holes = _HOLES[arena.active() or arena.available()]
+    planner = Planner(config, shape, holes=holes)
+    return planner.plan(available=_available(device), baseline=_baseline(device))
+
+
+class Planner:
+    """Plans of one model and shape, for any number of recomputed layers.
+
+    Args:
+        config: the model's architecture.
+        shape: the run.
+        holes: what the allocator loses, as a share of what comes and goes.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, shape: TrainingShape, *, holes: float = 0.0
+    ) -> None:
+        self.shape, self._holes = shape, holes
+        model = make_skeleton(config, shape)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # on meta what is trained may still be in 16 bits; it becomes float32
+        frozen = sum(_bytes(p) for p in model.parameters() if not p.requires_grad)
+        self._counts = [p.numel() for p in trained]
+        self._trained = 4 * sum(self._counts)
+        self._weights = frozen + (self._trained if shape.method == "full" else 0)
+        self._largest = _largest_source(model, shape)
+        self._numbers = parameter_counts(model)
+        self._steps = ImaginedSteps(model, shape)
+
+    def plan(self, *, available: int | None, baseline: int) -> Plan:
+        """The plan that keeps most activations and pages of all that fit.
+
+        Args:
+            available: bytes there are; None where that is not known.
+            baseline: bytes of the process without the run.
+        """
+        shape = self.shape
+        paged = shape.optim.paged == "always"
+
+        def at(recompute: int, paged: bool) -> Plan:
+            return self._plan(recompute, paged=paged, available=available, baseline=baseline)
+
+        layers = self._steps.layers
+        plan = at(min(shape.recompute or 0, layers), paged)
+        if shape.recompute is None and plan.fits is False and layers:
+            low, high = 0, layers
+            if not self._steps.alike:  # each number would be run in full
+                low = layers - 1
+            while high - low > 1:
+                middle = (low + high) // 2
+                if at(middle, paged).fits:
+                    high = middle
+                else:
+                    low = middle
+            plan = at(high, paged)
+        if shape.optim.paged == "auto" and plan.fits is False:
+            plan = at(plan.recomputed_layers, True)
+        return plan
+
+    def _plan(self, recompute: int, *, paged: bool, available: int | None, baseline: int) -> Plan:
+        shape = self.shape
+        optimizer = resident_bytes(self._counts, optim_bits=shape.optim.optim_bits, paged=paged)
+
+        def whole(moment: Moment, *, state: bool) -> dict[str, int]:
+            fixed = {
+                "weights": self._weights,
+                "adapters": 0 if shape.method == "full" else self._trained,
+                "optimizer": optimizer if state else 0,
+                "baseline": baseline,
+            }
+            every = fixed | moment.parts
+            every["workspace"] += round(self._holes * moment.total)
+            return {name: every[name] for name in (*PARTS, "baseline")}
+
+        loading = Moment()
+        loading.parts["workspace"] = self._largest
+        saving = Moment()
+        saving.parts["workspace"] = max(self._counts, default=0) * 8
+        moments = self._steps.moments(recompute)
+        phases = {"load": whole(loading, state=False)}
+        for phase, after in (("first step", False), ("later step", True), ("evaluation", True)):
+            highest = max(
+                (m for name, m in moments.items() if name.startswith(phase)),
+                key=lambda moment: moment.total,
+            )
+            phases[phase] = whole(highest, state=after)
+        phases["save"] = whole(saving, state=True)
+        trainable, parameters = self._numbers
+        return Plan(
+            parts=max(phases.values(), key=lambda parts: sum(parts.values())),
+            phases=phases,
+            available_bytes=available,
+            recomputed_layers=recompute,
+            layers=self._steps.layers,
+            paged=paged,
+            trainable=trainable,
+            parameters=parameters,
+        )
+
+
+def _largest_source(model: nn.Module, shape: TrainingShape) -> int:
+    """The largest weight as it is read, beside which its quantized form is made."""
+    if not quantized_base(shape.method):
+        return 0
+    weights, _ = packed_weights(model)
+    return 2 * max((count for count in weights.values()), default=0)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _baseline(device: torch.device) -> int:
+    """What the process holds before a model: libraries, interpreter."""
+    return (devices.resident_memory() or 0) + _RUNTIME if device.type == "cpu" else 0
+
+
+def _available(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _RESERVE)
+    _, available = devices.host_memory()
+    return int(available * _RESERVE) + _baseline(device) if available else None

@@ -1,0 +1,54 @@
+"""What decides a run's memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from fourbit.lora import LoraSettings
+from fourbit.methods import Method, trains_prompt
+from fourbit.optim import OptimConfig
+from fourbit.prompts import PromptSettings
+from fourbit.quantize import QuantConfig
+
+ALL_LAYERS = 1 << 16
+"""More than any model has."""
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """A run, as far as memory is concerned.
+
+    Attributes:
+        method: what is trained, on which base.
+        quant: the base's storage, where it is quantized.
+        lora: the adapters, where there are some.
+        dtype: of activations and of unquantized weights.
+        batch_size: sequences of a micro-batch.
+        length: positions of the text of a sequence, without virtual tokens.
+        recompute: decoder layers whose activations are computed again in backward, from the first
+            on; None leaves it to the plan.
+        packing: whether several documents share a sequence, or rows have different lengths.
+        grad_accum: micro-batches of a step.
+        prompt: the trained prompt, where there is one.
+        optim: the optimizer.
+    """
+
+    method: Method
+    quant: QuantConfig
+    lora: LoraSettings
+    dtype: torch.dtype
+    batch_size: int
+    length: int
+    recompute: int | None = None
+    packing: bool = True
+    grad_accum: int = 1
+    prompt: PromptSettings = PromptSettings()
+    optim: OptimConfig = OptimConfig()
+
+    @property
+    def positions(self) -> int:
+        """Positions of a sequence, virtual tokens included."""
+        extra = self.prompt.num_virtual_tokens if trains_prompt(self.method) else 0
+        return self.length + extra
