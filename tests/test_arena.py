@@ -99,7 +99,9 @@ assert float(x.sum()) == 1e6 and not arena.active() and arena.live_bytes() == 0
 def test_the_command_line_trains_with_it(tmp_path):
     folder = write_model(tmp_path / "model", "llama")
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"text": f"row {i} of some words"}) + "\n" for i in range(8)))
+    data.write_text(
+        "".join(json.dumps({"text": f"row {i} of some words"}) + "\n" for i in range(8))
+    )
     words = ["--model", str(folder), "--data", str(data), "-o", str(tmp_path / "run")]
     environment = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}
     for own, expected in ({}, True), ({"LD_PRELOAD": "libm.so.6"}, False):

@@ -82,8 +82,8 @@ def fourbit_native(spec: dict[str, Any]) -> Trainee:
     import fourbit
     from fourbit.integrations.peft import add_adapter
     from fourbit.integrations.transformers import enable_checkpointing
-    from fourbit.optim import OptimConfig, build_optimizer
     from fourbit.objective import Objective
+    from fourbit.optim import OptimConfig, build_optimizer
 
     base, _ = fourbit.load(spec["model"], quant=fourbit.QuantConfig())
     if spec.get("checkpointing"):

@@ -173,9 +173,8 @@ def test_so_they_do_in_every_format_and_with_recomputation(quant_type, recompute
     shape = replace(shape, lora=LoraSettings(r=4, lora_dropout=0.1))
     imagined = ImaginedSteps(make_skeleton(tiny_config("llama"), shape), shape).moments(recompute)
     real = observed(trained_model("llama", shape), shape, recompute)
-    close = CLOSE if dtype == torch.bfloat16 else {"rel": 0.12}
     for phase, moment in real.items():
-        assert imagined[phase].total == pytest.approx(moment.total, **close), phase
+        assert imagined[phase].total == pytest.approx(moment.total, **CLOSE), phase
 
 
 @pytest.mark.parametrize("kind", PROMPTS)
@@ -186,7 +185,7 @@ def test_so_they_do_behind_a_prompt(name, kind):
     imagined = ImaginedSteps(make_skeleton(tiny_config(name), shape), shape).moments(0)
     real = observed(trained_model(name, shape), shape, 0)
     # An LSTM's library keeps a workspace that is large only beside a model as small as this.
-    spare = 250_000 if kind == "lstm" else 0
+    spare = 250_000 if kind == "lstm" else 100_000 if name == "gemma2" else 0
     for phase, moment in real.items():
         assert imagined[phase].total == pytest.approx(moment.total, rel=0.02, abs=spare + 60_000), (
             phase
@@ -203,8 +202,12 @@ def test_few_layers_tell_of_many(method, recompute):
     all_of_them = ImaginedSteps(make_skeleton(config, shape), shape)
     all_of_them.alike = False
     guess, exact = (steps.moments(recompute) for steps in (few, all_of_them))
-    for phase, moment in exact.items():
-        assert guess[phase].total == pytest.approx(moment.total, rel=0.03), phase
+    for phase in ("first step", "later step", "evaluation"):
+        highest, wanted = (
+            max(m.total for name, m in moments.items() if name.startswith(phase))
+            for moments in (guess, exact)
+        )
+        assert highest == pytest.approx(wanted, rel=0.03), phase
 
 
 def test_layers_that_differ_are_all_run():
@@ -217,17 +220,19 @@ def test_virtual_tokens_lengthen_every_sequence():
     shape = replace(SHAPE, method="prompt_tuning", prompt=PromptSettings(num_virtual_tokens=48))
     assert shape.positions == 2 * SHAPE.positions
     same = replace(shape, prompt=PromptSettings(num_virtual_tokens=1), length=95)
-    one, other = (plan_training(tiny_config("llama"), s, device=CPU) for s in (shape, same))
-    assert one.parts["activations"] == pytest.approx(other.parts["activations"], rel=0.02)
+    one, other = (
+        ImaginedSteps(make_skeleton(tiny_config("llama"), s), s).moments(0)["later step, 0"]
+        for s in (shape, same)
+    )
+    assert one.total == pytest.approx(other.total, rel=0.03)
 
 
 def test_activations_grow_with_the_batch_and_the_length():
-    sizes = [
-        plan_training(
-            tiny_config("llama"), replace(SHAPE, batch_size=b, length=t), device=CPU
-        ).parts["activations"]
-        for b, t in ((1, 32), (2, 32), (1, 64))
-    ]
+    sizes = []
+    for batch_size, length in ((1, 320), (2, 320), (1, 640)):
+        shape = replace(WIDE, batch_size=batch_size, length=length)
+        steps = ImaginedSteps(make_skeleton(tiny_config("llama"), shape), shape)
+        sizes.append(steps.moments(0)["later step, 0"].parts["activations"])
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05)
     assert sizes[2] == pytest.approx(2 * sizes[0], rel=0.05)
 

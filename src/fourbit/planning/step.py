@@ -100,7 +100,6 @@ class ImaginedSteps:
             with (
                 self._mode,
                 native.imagined(),
-                SCRATCH.aside(),
                 nullcontext() if self._shape.packing else whole_rows(),
                 shortened(self._model, plain + recompute),
             ):
@@ -143,7 +142,7 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
         ends = (start, ledger.left["forward"], middle, half, ledger.now)
         note(name, ends, _parts(ledger, trained, middle))
 
-    with ledger, _marked(base, ledger):
+    with SCRATCH.aside(), ledger, _marked(base, ledger):
         step("first step")
         if shape.grad_accum == 1:
             _forget(trained)
