@@ -34,7 +34,7 @@ assert arena.live_bytes() - before == sum(-(-4 * t.numel() // 64) * 64 + 192 for
 def run(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "LD_PRELOAD": str(arena._LIBRARY), **environment},
+        env={**os.environ, "LD_PRELOAD": str(arena.LIBRARY), **environment},
         capture_output=True,
         text=True,
         timeout=60,

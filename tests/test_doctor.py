@@ -12,6 +12,7 @@ from fourbit.device import machine
 from fourbit.doctor import (
     Diagnosis,
     Finding,
+    arena_finding,
     diagnose,
     disk_finding,
     graphics_cards,
@@ -120,6 +121,14 @@ def test_the_kernels_are_named_with_their_instruction_set(found):
     line = next(line for line in found.lines() if "kernels: " in line)
     assert line.startswith(f"ok: kernels: {native.isa()} (csrc)")
     assert "cross_entropy_rows_" in line
+
+
+def test_the_allocator_is_named_and_its_fix_where_there_is_one():
+    assert arena_finding("linux", available=True).level == "ok"
+    absent = arena_finding("linux", available=False)
+    assert absent.level == "note"
+    assert "make native" in absent.fix
+    assert not arena_finding("darwin", available=False).fix
 
 
 def test_missing_kernels_are_one_line_with_the_fix():

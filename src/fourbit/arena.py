@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 _VARIABLE = "LD_PRELOAD"
-_LIBRARY = Path(__file__).with_name("libfourbit_arena.so")
+LIBRARY = Path(__file__).with_name("libfourbit_arena.so")
 
 
 def preload() -> None:
@@ -30,7 +30,7 @@ def preload() -> None:
         return
     if os.environ.get(_VARIABLE) or not available():
         return
-    environment = {**os.environ, _VARIABLE: str(_LIBRARY)}
+    environment = {**os.environ, _VARIABLE: str(LIBRARY)}
     sys.stdout.flush()
     sys.stderr.flush()
     try:
@@ -41,7 +41,7 @@ def preload() -> None:
 
 def available() -> bool:
     """Whether a process that is started now could have it."""
-    return sys.platform == "linux" and _LIBRARY.is_file() and " " not in str(_LIBRARY)
+    return sys.platform == "linux" and LIBRARY.is_file() and " " not in str(LIBRARY)
 
 
 @lru_cache(maxsize=1)

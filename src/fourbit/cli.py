@@ -139,6 +139,7 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
     examples="""
     fourbit plan smollm2
     fourbit plan ./my-model --method full --max-length 2048 --json
+    fourbit plan ./my-model --budget 6GB
     """,
 )
 @click.argument("model")
@@ -153,9 +154,10 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
 )
 @click.option("--batch-size", type=click.IntRange(1), default=None, help="Sequences at once.")
 @click.option("--max-length", type=click.IntRange(8), default=None, help="Tokens in a sequence.")
+@click.option("--budget", metavar="SIZE", help="Find settings that fit into it, e.g. 6GB.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
 @_JSON
-def plan(model: str, as_json: bool, **options: Any) -> None:
+def plan(model: str, as_json: bool, budget: str | None, **options: Any) -> None:
     """Says what fine-tuning MODEL needs in memory, before anything is loaded."""
     from fourbit.api import plan as make_plan
     from fourbit.settings import load_settings
@@ -168,7 +170,7 @@ def plan(model: str, as_json: bool, **options: Any) -> None:
     }
     given = [(keys.get(k, k), str(value)) for k, value in options.items() if value is not None]
     run = load_settings(TrainConfig, path=None, overrides=given).value
-    result = make_plan(model, config=run)
+    result = make_plan(model, config=run, budget=budget)
     _show(as_json, result.as_dict(), result.lines())
 
 

@@ -10,7 +10,7 @@ data type of Dettmers et al., arXiv 2110.02861.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import _lru_cache_wrapper, lru_cache, wraps
 from typing import Literal, TypeVar
 
 import torch
@@ -69,19 +69,18 @@ _VALUES: dict[str, tuple[float, ...]] = {
 # would leave an empty table in the cache for good.
 
 
-_Table = TypeVar("_Table", Tensor, tuple[Tensor, Tensor])
+_Table = TypeVar("_Table", bound="Tensor | tuple[Tensor, Tensor]")
 
 
-def _table(make: Callable[..., _Table]) -> Callable[..., _Table]:
+def _table(make: Callable[..., _Table]) -> _lru_cache_wrapper[_Table]:
     """Makes a table once, with its values also where a plan runs on tensors that have none."""
-    made = lru_cache(maxsize=64)(make)
 
     @wraps(make)
-    def table(*arguments: object) -> _Table:
+    def real(*arguments: object) -> _Table:
         with unset_fake_temporarily():
-            return made(*arguments)
+            return make(*arguments)
 
-    return table
+    return lru_cache(maxsize=64)(real)
 
 
 @_table

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import constants
 
-from fourbit import native
+from fourbit import arena, native
 from fourbit.device import Machine, default_device, machine, resolve_precision
 from fourbit.files import human_bytes
 from fourbit.ops import reference as reference  # registers the ops asked about below
@@ -116,6 +117,7 @@ def diagnose(folder: Path | None = None) -> Diagnosis:
         memory_finding(facts.memory_total, facts.memory_available),
         disk_finding(shutil.disk_usage(here).free, here.resolve()),
         _kernels(),
+        arena_finding(sys.platform, available=arena.available()),
         _bitsandbytes(),
         hub_finding(offline=constants.HF_HUB_OFFLINE, cache=Path(constants.HF_HUB_CACHE)),
         *_demo_models(),
@@ -247,6 +249,22 @@ def kernels_missing(trouble: native.Trouble) -> Finding:
     level: Level = "note" if trouble.expected else "warning"
     return Finding(
         level, f"kernels: none, plain PyTorch serves, slower: {trouble.what}", trouble.fix
+    )
+
+
+def arena_finding(platform: str, *, available: bool) -> Finding:
+    """Whether training processes use freed memory again.
+
+    Args:
+        platform: as `sys.platform`.
+        available: as from `fourbit.arena.available`.
+    """
+    if available:
+        return Finding("ok", "allocator: freed memory is used again in `fourbit train`")
+    return Finding(
+        "note",
+        "allocator: the system's own; a training's peak can be up to a third higher",
+        "run `make native`, or install a wheel for this platform" if platform == "linux" else "",
     )
 
 

@@ -80,7 +80,7 @@ class Sized(Protocol):
 _Item = TypeVar("_Item", bound=Sized)
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, *, where: str = "--max-shard-size") -> int:
     """``5GB``, ``500 MiB`` or a number of bytes.
 
     Raises:
@@ -91,7 +91,7 @@ def parse_size(text: str) -> int:
     if size < _LEAST_SHARD:
         raise InputError(
             "bad-value",
-            where="--max-shard-size",
+            where=where,
             what=f"{text!r} is no size of at least 1 kB",
             fix="write it as 5GB or 500MB",
         )

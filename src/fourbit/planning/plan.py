@@ -7,7 +7,7 @@ runs, so what they allocate and what is planned cannot drift apart.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class Plan:
         paged: whether only some pages of the optimizer's state are in memory.
         trainable: trainable parameters.
         parameters: all parameters, unpacked.
+        recommended: settings, by their keys, that a budget asks to be others than was wished for.
+        reasons: why, in lines.
     """
 
     parts: dict[str, int]
@@ -56,6 +58,8 @@ class Plan:
     paged: bool
     trainable: int
     parameters: int
+    recommended: dict[str, Any] = field(default_factory=dict)
+    reasons: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -95,6 +99,7 @@ class Plan:
         return [
             f"plan: {parts}",
             f"plan: by phase: {phases}",
+            *self.reasons,
             f"plan: peak {_megabytes(self.peak_bytes)}{free}: {fits}{how}",
         ]
 
@@ -117,11 +122,8 @@ def plan_training(config: PretrainedConfig, shape: TrainingShape, *, device: tor
     Raises:
         InputError: PEFT refuses the adapter.
     """
-    holes = 0.0
-    if device.type == "cpu":
-        holes = _HOLES[arena.active() or arena.available()]
-    planner = Planner(config, shape, holes=holes)
-    return planner.plan(available=_available(device), baseline=_baseline(device))
+    planner = Planner(config, shape, holes=holes_on(device))
+    return planner.plan(available=_available(device), baseline=baseline_on(device))
 
 
 class Planner:
@@ -231,7 +233,12 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _baseline(device: torch.device) -> int:
+def holes_on(device: torch.device) -> float:
+    """What the allocator loses there, as a share of what comes and goes."""
+    return _HOLES[arena.active() or arena.available()] if device.type == "cpu" else 0.0
+
+
+def baseline_on(device: torch.device) -> int:
     """What the process holds before a model: libraries, interpreter."""
     return (devices.resident_memory() or 0) + _RUNTIME if device.type == "cpu" else 0
 
@@ -241,4 +248,4 @@ def _available(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free * _RESERVE)
     _, available = devices.host_memory()
-    return int(available * _RESERVE) + _baseline(device) if available else None
+    return int(available * _RESERVE) + baseline_on(device) if available else None

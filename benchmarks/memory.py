@@ -1,0 +1,153 @@
+"""The plan against the run: what `fourbit train` said it would need, and what it took.
+
+    python benchmarks/memory.py --model smollm2 [--cells 20 --seed 1] [--rounds 3]
+    python benchmarks/memory.py --model DIR --only 'qlora*'
+
+Each cell is a run of `fourbit train`: three steps on generated text that fills every sequence. Some
+cells are fixed; `--cells N --seed S` draws N more of the whole grid. Rows go to results/memory.csv:
+bytes above what the imports alone take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import fnmatch
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from itertools import product
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "memory.csv"
+METHODS = {
+    "qlora": {"method": "qlora"},
+    "lora": {"method": "lora"},
+    "full": {"method": "full"},
+    "int8": {"method": "qlora", "quant.quant_type": "int8"},
+}
+FIXED = [
+    ("qlora", 4, 512, "none", False),
+    ("qlora", 4, 512, "all", True),
+    ("qlora", 1, 512, "none", True),
+    ("lora", 4, 512, "none", False),
+    ("lora", 2, 1024, "all", True),
+    ("int8", 2, 512, "all", False),
+    ("full", 2, 512, "none", False),
+    ("full", 2, 512, "all", True),
+]
+Cell = tuple[str, int, int, str, bool]
+
+
+def drawn(count: int, seed: int) -> list[Cell]:
+    """``count`` different cells of the whole grid."""
+    grid = list(product(METHODS, (1, 2, 3, 4, 6), (256, 384, 512, 768, 1024), (0, 1), (0, 1)))
+    cells = random.Random(seed).sample(grid, count)
+    return [(m, b, t, "all" if c else "none", bool(p)) for m, b, t, c, p in cells]
+
+
+def name_of(cell: Cell) -> str:
+    method, batch, length, checkpointing, packing = cell
+    return f"{method}-b{batch}-t{length}-{checkpointing}{'-packed' if packing else ''}"
+
+
+def baseline() -> int:
+    """Resident bytes of a process that has imported what a training imports."""
+    code = (
+        "import fourbit.training.run; from fourbit import device;"
+        "import transformers.models.llama.modeling_llama; print(device.resident_memory())"
+    )
+    return int(subprocess.check_output([sys.executable, "-c", code], text=True).split()[-1])
+
+
+def text(path: Path, length: int, rows: int) -> None:
+    """Rows longer than any sequence, of words from this repository."""
+    words = (REPOSITORY / "README.md").read_text().split()
+    draw = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            file.write(json.dumps({"text": " ".join(draw.choices(words, k=4 * length))}) + "\n")
+
+
+def run(cell: Cell, model: str) -> tuple[int, int]:
+    """``(planned, measured)`` peak bytes of one run."""
+    method, batch, length, checkpointing, packing = cell
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "text.jsonl"
+        text(data, length, rows=4 * batch + 4)
+        settings = {
+            **METHODS[method],
+            "model": model,
+            "data.train": str(data),
+            "data.max_length": length,
+            "data.packing": str(packing).lower(),
+            "data.train_on": "all",
+            "batch_size": batch,
+            "grad_accum": 1,
+            "max_steps": 3,
+            "samples": 0,
+            "gradient_checkpointing": checkpointing,
+            "output": str(Path(folder) / "run"),
+        }
+        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+        command = [sys.executable, "-m", "fourbit", "train", *words, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not done.stdout.strip():
+            sys.exit(f"{name_of(cell)}: {done.stderr.strip().splitlines()[-1]}")
+    told = json.loads(done.stdout)
+    return told["predicted_peak_bytes"], told["peak_memory_bytes"]
+
+
+def rows(cells: list[Cell], model: str, rounds: int) -> Iterator[dict[str, object]]:
+    commit = subprocess.check_output(
+        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], text=True
+    ).strip()
+    for cell in cells:
+        base = baseline()
+        runs = [run(cell, model) for _ in range(rounds)]
+        planned = statistics.median(p for p, _ in runs) - base
+        measured = statistics.median(m for _, m in runs) - base
+        yield {
+            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            "commit": commit,
+            "model": Path(model).name,
+            "cell": name_of(cell),
+            "rounds": rounds,
+            "planned_mb": round(planned / 1e6, 1),
+            "measured_mb": round(measured / 1e6, 1),
+            "error_percent": round(100 * (planned / measured - 1), 2),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--only", default="*", help="cells by name, with wildcards")
+    parser.add_argument("--cells", type=int, default=0, help="cells drawn besides the fixed ones")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    cells = [*FIXED, *drawn(options.cells, options.seed)] if options.cells else FIXED
+    print(f"cells drawn with seed {options.seed}: {options.cells}")
+    wanted = [cell for cell in cells if fnmatch.fnmatch(name_of(cell), options.only)]
+    errors = []
+    for row in rows(wanted, options.model, options.rounds):
+        new = not RESULTS.exists()
+        with RESULTS.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        errors.append(abs(float(str(row["error_percent"]))))
+        print(*row.values(), flush=True)
+    print(f"median error {statistics.median(errors):.1f}%, worst {max(errors):.1f}%")
+
+
+if __name__ == "__main__":
+    main()
