@@ -1,15 +1,18 @@
-"""Python functions behind `fourbit verify` and `fourbit plan`."""
+"""Our own Python API, re-exported by `fourbit`: `train`, `verify`, `plan`."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fourbit import device as devices
 from fourbit import planning
 from fourbit.loading import load_config, stored_quantization
+from fourbit.methods import READ_BY, Method
 from fourbit.receipt import Receipt
+from fourbit.settings import replaced
 from fourbit.shards import parse_size
 from fourbit.sources import resolve_source
 from fourbit.training.config import TrainConfig
@@ -17,10 +20,10 @@ from fourbit.verification import verify_run
 
 
 def verify(run_dir: str | Path, *, base: bool = True) -> Receipt:
-    """Re-checks a run's files, and with ``base`` the base model's bytes too.
+    """Re-checks a run; ``base`` also loads and hashes the base model.
 
     Raises:
-        InputError: no finished run there.
+        InputError: ``run_dir`` holds no finished run.
     """
     return verify_run(Path(run_dir), base=base)
 
@@ -29,46 +32,67 @@ def plan(
     model: str,
     *,
     config: TrainConfig | None = None,
+    method: Method | None = None,
     device: torch.device | str | None = None,
     budget: int | str | None = None,
+    compare: bool = False,
 ) -> planning.Plan:
     """Bytes by part for fine-tuning ``model`` as configured; no weight is read.
 
     Args:
         model: folder, GGUF file, hub id or alias.
-        config: the run; defaults where None.
-        device: where it would run; None takes this machine's.
+        config: the run; defaults where None. What is not named in it comes from the device's
+            preset, where it has one.
+        method: instead of the configured one.
+        device: where it would run: this machine's ``cpu`` or ``cuda``, or the name of a card
+            (`fourbit.planning.PRESETS`); None takes this machine's.
         budget: bytes for the whole process, or a size such as ``6GB``: the plan is then that of the
-            best settings that fit, named in ``recommended``.
+            best settings that fit, named in ``recommended``; None takes the configured one.
+        compare: plan full, LoRA and QLoRA side by side, for ``methods`` and ``advice``.
 
     Raises:
-        InputError: ``budget`` is no size.
+        InputError: ``budget`` is no size, ``device`` not known, or PEFT refuses the adapter.
         ModelError: the model's configuration cannot be read or is no causal LM.
     """
     run = config or TrainConfig()
-    target = devices.default_device() if device is None else torch.device(device)
+    if method is not None:
+        run = run.model_copy(update={"method": method})
+    size = parse_size(budget, where="budget") if isinstance(budget, str) else budget
+    size = run.budget_bytes if size is None else size
+    preset = None if device is None else planning.preset_of(str(device))
+    target = devices.default_device()
+    if device is not None and preset is None:
+        target = torch.device(device)
+    if preset is not None:
+        run = _starting_at(run, preset)
+        room, dtype = planning.Room.on(preset, budget=size), devices.DTYPES[run.precision]
+    else:
+        room = planning.Room.here(target, budget=size)
+        dtype = devices.resolve_precision(run.precision, target)
     source = resolve_source(model, revision=run.revision)
     stored = stored_quantization(source)
-    shape = planning.TrainingShape(
-        method=run.method,
-        quant=run.quant if stored is None else stored.quant,
-        lora=run.lora,
-        dtype=devices.resolve_precision(run.precision, target),
-        batch_size=run.batch_size,
-        length=run.data.max_length,
-        recompute=run.recomputed_layers,
-        packing=run.data.packing or run.batch_size > 1,
-        grad_accum=run.grad_accum,
-        prompt=run.prompt,
-        optim=run.optim,
-    )
-    if budget is None:
-        return planning.plan_training(load_config(source), shape, device=target)
-    size = parse_size(budget, where="budget") if isinstance(budget, str) else budget
-    return planning.recommend(
-        load_config(source),
-        shape,
-        budget=size,
-        baseline=planning.baseline_on(target),
-        holes=planning.holes_on(target),
-    )
+    if stored is not None:
+        run = run.model_copy(update={"quant": stored.quant})
+    architecture = load_config(source)
+    shape = run.shape(dtype=dtype, cpu_kernels=preset is None and target.type == "cpu")
+    make = planning.plan_training if size is None else planning.recommend
+    found = make(architecture, shape, room)
+    if compare:
+        run = replaced(run, found.recommended)
+        shape = run.shape(dtype=dtype, cpu_kernels=shape.cpu_kernels)
+        found = planning.side_by_side(architecture, shape, room, found)
+    return found
+
+
+def _starting_at(run: TrainConfig, preset: planning.Preset) -> TrainConfig:
+    """What ``run`` does not name is as the preset says."""
+    given = run.model_fields_set
+    values: dict[str, Any] = {}
+    if "batch_size" not in given:
+        values["batch_size"] = preset.batch_size
+    if run.precision == "auto":
+        values["precision"] = preset.precision
+    if run.method in READ_BY["lora"]:
+        named = run.lora.model_fields_set if "lora" in given else set()
+        values |= {f"lora.{k}": v for k, v in preset.lora.items() if k not in named}
+    return replaced(run, values)

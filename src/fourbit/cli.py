@@ -135,43 +135,53 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
 
 
 @cli.command(
-    cls=_Lines,
+    cls=_TrainCommand,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
     examples="""
     fourbit plan smollm2
     fourbit plan ./my-model --method full --max-length 2048 --json
-    fourbit plan ./my-model --budget 6GB
+    fourbit plan ./my-model --budget 6GB --lora.r 64
+    fourbit plan org/name --device T4 --plot memory.png
+    fourbit plan config.yaml
     """,
 )
-@click.argument("model")
-@click.option(
-    "--method",
-    type=click.Choice(["qlora", "lora", "full", "prompt_tuning", "p_tuning"]),
-    default="qlora",
+@click.argument(
+    "settings", nargs=-1, type=click.UNPROCESSED, metavar="MODEL|CONFIG.yaml [--key value]"
 )
-@click.option("--r", type=click.IntRange(1), default=None, help="Rank of the adapters.")
-@click.option(
-    "--num-virtual-tokens", type=click.IntRange(1), default=None, help="Length of the prompt."
-)
-@click.option("--batch-size", type=click.IntRange(1), default=None, help="Sequences at once.")
-@click.option("--max-length", type=click.IntRange(8), default=None, help="Tokens in a sequence.")
-@click.option("--budget", metavar="SIZE", help="Find settings that fit into it, e.g. 6GB.")
-@click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
+@click.option("--device", help="Plan for T4, L4, RTX4090, A100-40, A100-80, H100, H200 or cpu.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw the methods' memory, PNG.")
 @_JSON
-def plan(model: str, as_json: bool, budget: str | None, **options: Any) -> None:
+def plan(
+    settings: tuple[str, ...],
+    device: str | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
     """Says what fine-tuning MODEL needs in memory, before anything is loaded."""
     from fourbit.api import plan as make_plan
     from fourbit.settings import load_settings
-    from fourbit.training.config import TrainConfig
+    from fourbit.training.config import SHORT_FORMS, TrainConfig
 
-    keys = {
-        "r": "lora.r",
-        "num_virtual_tokens": "prompt.num_virtual_tokens",
-        "max_length": "data.max_length",
-    }
-    given = [(keys.get(k, k), str(value)) for k, value in options.items() if value is not None]
-    run = load_settings(TrainConfig, path=None, overrides=given).value
-    result = make_plan(model, config=run, budget=budget)
-    _show(as_json, result.as_dict(), result.lines())
+    what, overrides = _split(settings)
+    if what is None and not any(key == "model" for key, _ in overrides):
+        raise InputError(
+            "missing-value", where="plan", what="no model given", fix="fourbit plan MODEL"
+        )
+    path = what if what is not None and what.suffix in (".yaml", ".yml") else None
+    if what is not None and path is None:
+        overrides.append(("model", str(what)))
+    resolved = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS)
+    run = resolved.value
+    result = make_plan(run.model, config=run, device=device, compare=True)
+    lines = result.lines()
+    if plot is not None:
+        from fourbit.report import plot_plans
+
+        plans = {name: found.parts for name, found in result.methods.items()}
+        title = f"Memory to fine-tune {Path(run.model).name}"
+        plot_plans(plot, plans, room=result.available_bytes, title=title)
+        lines.append(f"picture: {plot}")
+    _show(as_json, result.as_dict(), lines)
 
 
 @cli.command(cls=_Lines, examples="fourbit verify runs/orders")

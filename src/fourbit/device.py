@@ -24,7 +24,7 @@ from fourbit.errors import InputError
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _X86_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 _ARM_SETS = ("asimd", "bf16", "i8mm", "sve")
 
@@ -109,7 +109,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype
             what="fp16 training needs an accelerator",
             fix="use precision: bf16 or fp32, or auto",
         )
-    return _DTYPES[precision]
+    return DTYPES[precision]
 
 
 def machine() -> Machine:

@@ -36,7 +36,7 @@ _ONEDNN_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The codes of csrc/kernels.h."""
 
-_chosen: list[str] = []
+_chosen: list[str | None] = []
 
 
 class Trouble(NamedTuple):
@@ -163,9 +163,9 @@ def bf16_allowed() -> bool:
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
-    """Inside, kernels of the instruction set ``name`` (one of `supported`) are used."""
-    assert name in supported()
+def using(name: str | None) -> Iterator[None]:
+    """Inside, kernels of the instruction set ``name`` (one of `supported`) are used; None: none."""
+    assert name is None or name in supported()
     _chosen.append(name)
     try:
         yield

@@ -9,7 +9,7 @@ import torch
 
 from fourbit.lora import LoraSettings
 from fourbit.optim import OptimConfig
-from fourbit.planning import Planner, TrainingShape, recommend
+from fourbit.planning import Planner, Room, TrainingShape, recommend
 from fourbit.quantize import QuantConfig
 from models import tiny_config
 
@@ -28,11 +28,11 @@ CONFIG = tiny_config("llama", num_hidden_layers=4)
 
 @pytest.fixture(scope="module")
 def wished():
-    return Planner(CONFIG, SHAPE).plan(available=None, baseline=0).peak_bytes
+    return Planner(CONFIG, SHAPE).plan(Room()).peak_bytes
 
 
 def within(budget, shape=SHAPE):
-    return recommend(CONFIG, shape, budget=int(budget), baseline=0)
+    return recommend(CONFIG, shape, Room(int(budget)))
 
 
 def given_up(plan):

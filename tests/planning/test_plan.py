@@ -19,7 +19,7 @@ from fourbit.integrations.transformers import quantize_model
 from fourbit.lora import LoraSettings
 from fourbit.methods import quantized_base, trains_prompt
 from fourbit.optim import OptimConfig, build_optimizer
-from fourbit.planning import ALL_LAYERS, TrainingShape, plan_training
+from fourbit.planning import ALL_LAYERS, Room, TrainingShape, plan_training
 from fourbit.planning import plan as planner
 from fourbit.planning.skeleton import make_skeleton
 from fourbit.planning.step import ImaginedSteps, observed
@@ -95,24 +95,24 @@ def test_optimizer_state_is_counted_exactly(optim):
     check_exact("llama", replace(SHAPE, method="full", optim=OptimConfig(**optim)))
 
 
-def test_a_plan_that_does_not_fit_pages_at_last(monkeypatch):
+def test_a_plan_that_does_not_fit_pages_at_last():
     shape = replace(SHAPE, method="full", recompute=None, batch_size=64)
     large = tiny_config("llama")
     large.hidden_size, large.intermediate_size, large.vocab_size = 768, 3072, 20_000
-    roomy = plan_training(large, shape, device=CPU)
+    roomy = plan_training(large, shape, Room.here(CPU))
     assert (roomy.checkpointing, roomy.paged) == (False, False)
     assert roomy.parts["optimizer"] > 3 << 24
     for available, wanted in ((roomy.peak_bytes - 1, (True, False)), (1, (True, True))):
-        monkeypatch.setattr("fourbit.planning.plan._available", lambda device, n=available: n)
-        plan = plan_training(large, shape, device=CPU)
+        room = replace(Room.here(CPU), available=available)
+        plan = plan_training(large, shape, room)
         assert (plan.checkpointing, plan.paged) == wanted
     assert plan.parts["optimizer"] == 3 << 24
     never = replace(shape, optim=OptimConfig(paged="off"))
-    assert not plan_training(large, never, device=CPU).paged
+    assert not plan_training(large, never, room).paged
 
 
 def check_exact(name, shape):
-    plan = plan_training(tiny_config(name), shape, device=CPU)
+    plan = plan_training(tiny_config(name), shape, Room.here(CPU))
     model = trained_model(name, shape)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = build_optimizer(iter(trainable), shape.optim)
@@ -137,7 +137,7 @@ def check_exact(name, shape):
 def test_weights_are_those_of_the_loaded_model(dtype, model_folder):
     folder = str(model_folder("llama"))
     model, _ = fourbit.load(folder, quant=QuantConfig(), dtype=dtype)
-    plan = plan_training(tiny_config("llama"), replace(SHAPE, dtype=dtype), device=CPU)
+    plan = plan_training(tiny_config("llama"), replace(SHAPE, dtype=dtype), Room.here(CPU))
     assert plan.parts["weights"] == size(model.parameters())
     assert plan.parameters - plan.trainable == model.num_parameters()
 
@@ -145,7 +145,7 @@ def test_weights_are_those_of_the_loaded_model(dtype, model_folder):
 def test_modules_to_save_are_planned_in_float32():
     shape = replace(SHAPE, lora=LoraSettings(r=4, modules_to_save=["lm_head"]))
     shape = replace(shape, dtype=torch.bfloat16)
-    plan = plan_training(tiny_config("qwen2"), shape, device=CPU)
+    plan = plan_training(tiny_config("qwen2"), shape, Room.here(CPU))
     model = trained_model("qwen2", shape)
     assert plan.parts["adapters"] == size(p for p in model.parameters() if p.requires_grad)
     assert plan.parts["weights"] == size(p for p in model.parameters() if not p.requires_grad)
@@ -244,7 +244,7 @@ def test_recomputation_keeps_less_with_every_layer(name):
     kept = [steps.moments(n)["later step, 1"].parts["activations"] for n in range(7)]
     assert kept == sorted(kept, reverse=True)
     assert kept[6] < 0.3 * kept[0]
-    plan = plan_training(config, replace(SHAPE, recompute=ALL_LAYERS), device=CPU)
+    plan = plan_training(config, replace(SHAPE, recompute=ALL_LAYERS), Room.here(CPU))
     assert (plan.recomputed_layers, plan.layers) == (6, 6)
     assert "all layers" in plan.lines()[-1]
 
@@ -262,7 +262,7 @@ def test_accumulation_keeps_gradients_through_the_next_forward():
 
 def test_auto_recomputes_when_memory_is_short(monkeypatch):
     auto = replace(SHAPE, recompute=None, batch_size=16)
-    whole = plan_training(tiny_config("llama"), auto, device=CPU)
+    whole = plan_training(tiny_config("llama"), auto, Room.here(CPU))
     assert whole.fits
     assert not whole.checkpointing
     # Free memory below the plan without its baseline: too little by a part of the activations.
@@ -270,22 +270,22 @@ def test_auto_recomputes_when_memory_is_short(monkeypatch):
     monkeypatch.setattr(planner, "_RESERVE", 1.0)
     monkeypatch.setattr(devices, "host_memory", lambda: (need, need))
     monkeypatch.setattr(devices, "resident_memory", lambda: whole.parts["baseline"])
-    short = plan_training(tiny_config("llama"), auto, device=CPU)
+    short = plan_training(tiny_config("llama"), auto, Room.here(CPU))
     assert short.checkpointing
     assert short.fits
-    forced = plan_training(tiny_config("llama"), replace(auto, recompute=0), device=CPU)
+    forced = plan_training(tiny_config("llama"), replace(auto, recompute=0), Room.here(CPU))
     assert not forced.checkpointing
     assert forced.fits is False
     assert "does NOT fit" in forced.lines()[-1]
     monkeypatch.setattr(devices, "host_memory", lambda: (10, 10))
-    hopeless = plan_training(tiny_config("llama"), auto, device=CPU)
+    hopeless = plan_training(tiny_config("llama"), auto, Room.here(CPU))
     assert hopeless.checkpointing
     assert hopeless.fits is False
 
 
 def test_unknown_memory_is_said_to_be_unknown(monkeypatch):
     monkeypatch.setattr(devices, "host_memory", lambda: (0, 0))
-    plan = plan_training(tiny_config("llama"), SHAPE, device=CPU)
+    plan = plan_training(tiny_config("llama"), SHAPE, Room.here(CPU))
     assert plan.fits is None
     assert "free memory unknown" in plan.lines()[-1]
     assert plan.as_dict()["fits"] is None
@@ -294,7 +294,7 @@ def test_unknown_memory_is_said_to_be_unknown(monkeypatch):
 def test_seven_billion_parameters_are_planned_in_seconds_and_no_memory():
     before, began = devices.resident_memory(), time.perf_counter()
     shape = replace(SHAPE, dtype=torch.bfloat16, batch_size=1, length=1024, lora=LoraSettings())
-    plan = plan_training(LlamaConfig(), shape, device=CPU)
+    plan = plan_training(LlamaConfig(), shape, Room.here(CPU))
     # Generous for a machine that is busy with other work.
     assert time.perf_counter() - began < 30
     assert devices.resident_memory() - before < 400e6
@@ -308,7 +308,7 @@ def test_seven_billion_parameters_are_planned_in_seconds_and_no_memory():
 
 def test_layers_peft_refuses_are_one_line():
     with pytest.raises(InputError) as caught:
-        plan_training(tiny_config("mamba"), replace(SHAPE, lora=LoraSettings(r=2)), device=CPU)
+        plan_training(tiny_config("mamba"), replace(SHAPE, lora=LoraSettings(r=2)), Room.here(CPU))
     assert caught.value.where == "lora.target_modules"
     assert "out_proj" in caught.value.line()
 
@@ -316,7 +316,7 @@ def test_layers_peft_refuses_are_one_line():
 def test_planning_twice_gives_the_same_and_leaves_no_trace():
     threads, seed = torch.get_num_threads(), torch.initial_seed()
     config = tiny_config("llama")
-    first, second = (plan_training(config, SHAPE, device=CPU) for _ in range(2))
+    first, second = (plan_training(config, SHAPE, Room.here(CPU)) for _ in range(2))
     assert {**first.parts, "baseline": 0} == {**second.parts, "baseline": 0}
     assert (torch.get_num_threads(), torch.initial_seed()) == (threads, seed)
     assert torch.zeros(1).device.type == "cpu"

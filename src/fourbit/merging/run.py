@@ -49,8 +49,7 @@ from fourbit.shards import Entry, parse_size, write_shards
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training.progress import Reporter
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in devices.DTYPES.items()}
 _TOKENIZER = "tokenizer_config.json"
 _LOUD = 0.1
 """Share of the adapter's own effect above which rounding is worth a warning."""
@@ -215,7 +214,7 @@ class _Merge:
 
     def _output_dtype(self) -> torch.dtype:
         if self.options.dtype != "auto":
-            return _DTYPES[self.options.dtype]
+            return devices.DTYPES[self.options.dtype]
         stored = stored_dtype(self.trained.source)
         return stored if stored != torch.float32 else torch.bfloat16
 

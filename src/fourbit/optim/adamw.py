@@ -190,6 +190,13 @@ class AdamW(torch.optim.Optimizer):
         update = update_32bit if piece.bits == 32 else update_8bit
         update(values[run], grad[run], *piece.moments(memory), scalars)  # type: ignore[arg-type]
 
+    def reserve(self) -> None:
+        """Takes the memory of the state now, as the first step would."""
+        pages = self._lay_out()
+        for page in range(len(self._contents)):
+            pages.take(page).bitwise_or_(0)  # touched, or the system would not give it yet
+            pages.give(page)
+
     def evict(self) -> int:
         """Sends the state home, as memory is wanted elsewhere; returns the bytes that became free.
 

@@ -1,10 +1,13 @@
 """What a run needs in memory, known before it runs."""
 
+from fourbit.planning.advice import side_by_side as side_by_side
 from fourbit.planning.budget import recommend as recommend
 from fourbit.planning.plan import Plan as Plan
 from fourbit.planning.plan import Planner as Planner
-from fourbit.planning.plan import baseline_on as baseline_on
-from fourbit.planning.plan import holes_on as holes_on
+from fourbit.planning.plan import Room as Room
 from fourbit.planning.plan import plan_training as plan_training
+from fourbit.planning.presets import PRESETS as PRESETS
+from fourbit.planning.presets import Preset as Preset
+from fourbit.planning.presets import preset_of as preset_of
 from fourbit.planning.shape import ALL_LAYERS as ALL_LAYERS
 from fourbit.planning.shape import TrainingShape as TrainingShape

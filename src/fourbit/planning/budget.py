@@ -7,20 +7,13 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from fourbit.planning.plan import Plan, Planner
+from fourbit.planning.plan import Plan, Planner, Room
 from fourbit.planning.shape import TrainingShape
 
 _SHORTEST, _LOWEST_RANK = 128, 4
 
 
-def recommend(
-    config: PretrainedConfig,
-    shape: TrainingShape,
-    *,
-    budget: int,
-    baseline: int,
-    holes: float = 0.0,
-) -> Plan:
+def recommend(config: PretrainedConfig, shape: TrainingShape, room: Room) -> Plan:
     """Gives up one setting after the other until the run fits.
 
     In this order: the micro-batch (accumulation rises, so that a step sees the same sequences),
@@ -31,9 +24,7 @@ def recommend(
     Args:
         config: the model's architecture.
         shape: what is wished for.
-        budget: bytes for the whole process.
-        baseline: bytes of the process without the run.
-        holes: see `Planner`.
+        room: what it has to fit into; what is not limited fits as it is.
 
     Returns:
         The plan of what is left, with ``recommended`` and ``reasons``.
@@ -41,7 +32,7 @@ def recommend(
     Raises:
         InputError: PEFT refuses the adapter.
     """
-    search = _Search(config, shape, budget, baseline, holes)
+    search = _Search(config, shape, room)
     for give_up in (
         search.smaller_batches,
         search.recomputation,
@@ -49,22 +40,14 @@ def recommend(
         search.shorter_sequences,
         search.lower_rank,
     ):
-        if not search.plan.fits:
+        if search.plan.fits is False:
             give_up()
     return search.result()
 
 
 class _Search:
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        shape: TrainingShape,
-        budget: int,
-        baseline: int,
-        holes: float,
-    ) -> None:
-        self._config, self._budget = config, budget
-        self._baseline, self._holes = baseline, holes
+    def __init__(self, config: PretrainedConfig, shape: TrainingShape, room: Room) -> None:
+        self._config, self._room = config, room
         self._wished = shape
         self._settings: dict[str, Any] = {}
         self._reasons: list[str] = []
@@ -74,8 +57,7 @@ class _Search:
         self.plan = self._planned()
 
     def _planned(self) -> Plan:
-        planner = Planner(self._config, self._shape, holes=self._holes)
-        return planner.plan(available=self._budget, baseline=self._baseline)
+        return Planner(self._config, self._shape).plan(self._room)
 
     def _change_optim(self, paged: str) -> None:
         optim = self._shape.optim.model_copy(update={"paged": paged})
@@ -84,7 +66,7 @@ class _Search:
     def _note(self, what: str, **settings: Any) -> None:
         self.plan = self._planned()
         self._settings |= {key.replace("__", "."): value for key, value in settings.items()}
-        peak, budget = self.plan.peak_bytes / 1e6, self._budget / 1e6
+        peak, budget = self.plan.peak_bytes / 1e6, (self._room.available or 0) / 1e6
         self._reasons.append(f"{what}: peak {peak:,.0f} MB of {budget:,.0f} MB")
 
     def smaller_batches(self) -> None:
@@ -127,7 +109,7 @@ class _Search:
             self._note(f"rank {rank}", lora__r=rank)
 
     def result(self) -> Plan:
-        if not self.plan.fits:
+        if self.plan.fits is False:
             last = f"nothing fits; the least is {self.plan.peak_bytes / 1e6:,.0f} MB"
         elif self._settings:
             last = "take " + " ".join(f"--{key} {value}" for key, value in self._settings.items())

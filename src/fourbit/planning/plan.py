@@ -19,6 +19,7 @@ from fourbit import device as devices
 from fourbit.linear import packed_weights, parameter_counts
 from fourbit.methods import quantized_base
 from fourbit.optim import resident_bytes
+from fourbit.planning.presets import Preset
 from fourbit.planning.shape import TrainingShape
 from fourbit.planning.skeleton import make_skeleton
 from fourbit.planning.step import ImaginedSteps, Moment
@@ -48,6 +49,8 @@ class Plan:
         parameters: all parameters, unpacked.
         recommended: settings, by their keys, that a budget asks to be others than was wished for.
         reasons: why, in lines.
+        methods: the same run with full, LoRA and QLoRA, where they were compared.
+        advice: which of them this memory suggests.
     """
 
     parts: dict[str, int]
@@ -60,6 +63,8 @@ class Plan:
     parameters: int
     recommended: dict[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
+    methods: dict[str, Plan] = field(default_factory=dict)
+    advice: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -81,7 +86,17 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For ``--json`` and the report."""
         derived = {"peak_bytes": self.peak_bytes, "checkpointing": self.checkpointing}
-        return {**asdict(self), **derived, "fits": self.fits}
+        others = {
+            name: {
+                "parts": plan.parts,
+                "peak_bytes": plan.peak_bytes,
+                "fits": plan.fits,
+                "recomputed_layers": plan.recomputed_layers,
+                "paged": plan.paged,
+            }
+            for name, plan in self.methods.items()
+        }
+        return {**asdict(self), **derived, "fits": self.fits, "methods": others}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -100,15 +115,71 @@ class Plan:
             f"plan: {parts}",
             f"plan: by phase: {phases}",
             *self.reasons,
+            *self._compared(),
             f"plan: peak {_megabytes(self.peak_bytes)}{free}: {fits}{how}",
         ]
+
+    def _compared(self) -> list[str]:
+        lines = []
+        for name, plan in self.methods.items():
+            how = [f"{plan.recomputed_layers} of {plan.layers} layers recomputed"]
+            how = how if plan.checkpointing else []
+            how += ["paged"] if plan.paged else []
+            fits = {True: "fits", False: "does not fit", None: ""}[plan.fits]
+            words = ", ".join(filter(None, (fits, *how)))
+            lines.append(f"plan: {name:>6} {_megabytes(plan.peak_bytes):>12}  {words}".rstrip())
+        return [*lines, f"plan: advice: {self.advice}"] if lines else []
 
 
 def _megabytes(size: int | None) -> str:
     return f"{(size or 0) / 1e6:,.0f} MB"
 
 
-def plan_training(config: PretrainedConfig, shape: TrainingShape, *, device: torch.device) -> Plan:
+@dataclass(frozen=True)
+class Room:
+    """Memory that a run may use.
+
+    Attributes:
+        available: bytes for the whole process, ``baseline`` included; None where not known.
+        baseline: bytes of the process without the run.
+        holes: what the allocator loses, as a share of what comes and goes.
+    """
+
+    available: int | None = None
+    baseline: int = 0
+    holes: float = 0.0
+
+    @classmethod
+    def here(cls, device: torch.device, *, budget: int | None = None) -> Room:
+        """What this machine has free now.
+
+        Args:
+            device: where a run would be.
+            budget: bytes that the process may take, whatever is free.
+        """
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            return cls(int(free * _RESERVE) if budget is None else budget)
+        # libraries, interpreter
+        baseline = (devices.resident_memory() or 0) + _RUNTIME
+        if budget is None:
+            _, free = devices.host_memory()
+            budget = int(free * _RESERVE) + baseline if free else None
+        return cls(budget, baseline, _HOLES[arena.active() or arena.available()])
+
+    @classmethod
+    def on(cls, preset: Preset, *, budget: int | None = None) -> Room:
+        """What a graphics card has for one process.
+
+        Args:
+            preset: the card.
+            budget: bytes that the process may take; None takes the card's.
+        """
+        size = int(preset.memory * _RESERVE) if budget is None else budget
+        return cls(size, preset.baseline)
+
+
+def plan_training(config: PretrainedConfig, shape: TrainingShape, room: Room) -> Plan:
     """Plans a run; no weight is read.
 
     What is ``auto`` gives way one after the other while the run would not fit: activations are
@@ -117,13 +188,12 @@ def plan_training(config: PretrainedConfig, shape: TrainingShape, *, device: tor
     Args:
         config: the model's architecture.
         shape: the run.
-        device: where it will run.
+        room: what it may use.
 
     Raises:
         InputError: PEFT refuses the adapter.
     """
-    planner = Planner(config, shape, holes=holes_on(device))
-    return planner.plan(available=_available(device), baseline=baseline_on(device))
+    return Planner(config, shape).plan(room)
 
 
 class Planner:
@@ -132,13 +202,10 @@ class Planner:
     Args:
         config: the model's architecture.
         shape: the run.
-        holes: what the allocator loses, as a share of what comes and goes.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, shape: TrainingShape, *, holes: float = 0.0
-    ) -> None:
-        self.shape, self._holes = shape, holes
+    def __init__(self, config: PretrainedConfig, shape: TrainingShape) -> None:
+        self.shape = shape
         model = make_skeleton(config, shape)
         trained = [p for p in model.parameters() if p.requires_grad]
         # on meta what is trained may still be in 16 bits; it becomes float32
@@ -150,18 +217,13 @@ class Planner:
         self._numbers = parameter_counts(model)
         self._steps = ImaginedSteps(model, shape)
 
-    def plan(self, *, available: int | None, baseline: int) -> Plan:
-        """The plan that keeps most activations and pages of all that fit.
-
-        Args:
-            available: bytes there are; None where that is not known.
-            baseline: bytes of the process without the run.
-        """
+    def plan(self, room: Room) -> Plan:
+        """The plan that keeps most activations and pages of all that fit."""
         shape = self.shape
         paged = shape.optim.paged == "always"
 
         def at(recompute: int, paged: bool) -> Plan:
-            return self._plan(recompute, paged=paged, available=available, baseline=baseline)
+            return self._plan(recompute, paged, room)
 
         layers = self._steps.layers
         plan = at(min(shape.recompute or 0, layers), paged)
@@ -180,7 +242,7 @@ class Planner:
             plan = at(plan.recomputed_layers, True)
         return plan
 
-    def _plan(self, recompute: int, *, paged: bool, available: int | None, baseline: int) -> Plan:
+    def _plan(self, recompute: int, paged: bool, room: Room) -> Plan:
         shape = self.shape
         optimizer = resident_bytes(self._counts, optim_bits=shape.optim.optim_bits, paged=paged)
 
@@ -189,10 +251,10 @@ class Planner:
                 "weights": self._weights,
                 "adapters": 0 if shape.method == "full" else self._trained,
                 "optimizer": optimizer if state else 0,
-                "baseline": baseline,
+                "baseline": room.baseline,
             }
             every = fixed | moment.parts
-            every["workspace"] += round(self._holes * moment.total)
+            every["workspace"] += round(room.holes * moment.total)
             return {name: every[name] for name in (*PARTS, "baseline")}
 
         loading = Moment()
@@ -212,7 +274,7 @@ class Planner:
         return Plan(
             parts=max(phases.values(), key=lambda parts: sum(parts.values())),
             phases=phases,
-            available_bytes=available,
+            available_bytes=room.available,
             recomputed_layers=recompute,
             layers=self._steps.layers,
             paged=paged,
@@ -231,21 +293,3 @@ def _largest_source(model: nn.Module, shape: TrainingShape) -> int:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def holes_on(device: torch.device) -> float:
-    """What the allocator loses there, as a share of what comes and goes."""
-    return _HOLES[arena.active() or arena.available()] if device.type == "cpu" else 0.0
-
-
-def baseline_on(device: torch.device) -> int:
-    """What the process holds before a model: libraries, interpreter."""
-    return (devices.resident_memory() or 0) + _RUNTIME if device.type == "cpu" else 0
-
-
-def _available(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _RESERVE)
-    _, available = devices.host_memory()
-    return int(available * _RESERVE) + baseline_on(device) if available else None

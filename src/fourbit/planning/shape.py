@@ -33,6 +33,8 @@ class TrainingShape:
         grad_accum: micro-batches of a step.
         prompt: the trained prompt, where there is one.
         optim: the optimizer.
+        cpu_kernels: whether kernels of csrc/ serve where there are some; on a graphics card plain
+            PyTorch does.
     """
 
     method: Method
@@ -46,6 +48,7 @@ class TrainingShape:
     grad_accum: int = 1
     prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()
+    cpu_kernels: bool = True
 
     @property
     def positions(self) -> int:

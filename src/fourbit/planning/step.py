@@ -63,11 +63,14 @@ class ImaginedSteps:
     def __init__(self, model: nn.Module, shape: TrainingShape) -> None:
         self._model, self._shape = model, shape
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        with self._mode:
+        with self._mode, self._kernels():
             pretend(model)
         self.layers = len(decoder_layers(base_model(model)))
         self.alike = alike(model)
         self._seen: dict[tuple[int, int], Moments] = {}
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._shape.cpu_kernels else native.using(None)
 
     def moments(self, recompute: int) -> Moments:
         """The highest moments of a first and of a later training step, and of an evaluation.
@@ -99,6 +102,7 @@ class ImaginedSteps:
         if (plain, recompute) not in self._seen:
             with (
                 self._mode,
+                self._kernels(),
                 native.imagined(),
                 nullcontext() if self._shape.packing else whole_rows(),
                 shortened(self._model, plain + recompute),

@@ -11,6 +11,17 @@ from fourbit.report.charts import Point, Series, finite, running_mean
 from fourbit.report.markup import spoken
 
 _SMOOTH_FROM = 40
+PARTS = {
+    "weights": "weights",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations",
+    "logits": "logits",
+    "workspace": "workspace",
+    "baseline": "process itself",
+}
+"""The parts of a plan in the order in which they are drawn, and their names for people."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 from fourbit.files import human_bytes, replace_file
 from fourbit.report.charts import Bar, Series, finite, line_chart, stacked_bars
 from fourbit.report.content import (
+    PARTS,
     ReportContent,
     curve_points,
     is_share,
@@ -37,16 +38,6 @@ from fourbit.report.markup import (
 )
 from fourbit.report.style import CSS
 
-_PARTS = {
-    "weights": "weights",
-    "adapters": "adapters",
-    "gradients": "gradients",
-    "optimizer": "optimizer state",
-    "activations": "activations",
-    "logits": "logits",
-    "workspace": "workspace",
-    "baseline": "process itself",
-}
 _ALL_TEXT = 300_000
 
 
@@ -205,18 +196,35 @@ def _figure(caption: str, picture: str, *, wide: bool = False) -> str:
 
 
 def _memory(content: ReportContent) -> str:
-    parts = {
-        name: size
-        for name, value in (content.plan.get("parts") or {}).items()
-        if (size := finite(value)) is not None and size > 0
-    }
-    planned = finite(content.plan.get("peak_bytes"))
+    plan = content.plan
+    parts = _sizes(plan.get("parts"))
+    planned = finite(plan.get("peak_bytes"))
     body = _memory_curve(content.metrics, planned)
     bars = _memory_bars(parts, planned, finite(content.measured_peak_bytes))
     if bars:
         body += f"<div>{bars}{_parts_table(parts, planned)}</div>"
+    body += _planned_bars("Planned by phase of the run", plan.get("phases") or {})
+    methods = {name: found.get("parts") for name, found in (plan.get("methods") or {}).items()}
+    body += _planned_bars("The same run with other methods, planned", methods)
     charts = f'<div class="charts">{body}</div>' if body else ""
     return html_section("Memory", charts or remark("Memory was neither planned nor measured."))
+
+
+def _sizes(parts: Mapping[str, Any] | None) -> dict[str, float]:
+    found = {name: finite(value) for name, value in (parts or {}).items()}
+    return {name: size for name, size in found.items() if size is not None and size > 0}
+
+
+def _planned_bars(caption: str, plans: Mapping[str, Any]) -> str:
+    bars = []
+    for name, parts in plans.items():
+        sizes = _sizes(parts)
+        heading = f"{name} {human_bytes(sum(sizes.values()))}"
+        bars.append(Bar(heading, [(_part_style(part), size) for part, size in sizes.items()]))
+    if not bars:
+        return ""
+    summary = f"{caption}: " + ", ".join(bar.heading for bar in bars)
+    return _figure(caption, stacked_bars(bars, summary=summary))
 
 
 def _memory_curve(metrics: Sequence[Mapping[str, Any]], planned: float | None) -> str:
@@ -225,7 +233,7 @@ def _memory_curve(metrics: Sequence[Mapping[str, Any]], planned: float | None) -
     points = curve_points(metrics, "memory_bytes", scale)
     if not any(value is not None for _, value in points):
         return ""
-    series = [Series("in use", points)]
+    series = [Series("highest in the step", points)]
     if planned:
         level = planned / scale
         series.append(Series("planned peak", [(0.0, level), (points[-1][0], level)], "limit"))
@@ -249,7 +257,7 @@ def _memory_bars(parts: Mapping[str, float], planned: float | None, measured: fl
 
 
 def _part_style(name: str) -> str:
-    return f"part-{name}" if name in _PARTS else "part-other"
+    return f"part-{name}" if name in PARTS else "part-other"
 
 
 def _parts_table(parts: Mapping[str, float], planned: float | None) -> str:
@@ -260,7 +268,7 @@ def _parts_table(parts: Mapping[str, float], planned: float | None) -> str:
         [
             f'<svg class="swatch" viewBox="0 0 12 12" aria-hidden="true"><rect'
             f' class="{_part_style(name)}" width="12" height="12"/></svg>'
-            f"{plain(_PARTS.get(name, name))}",
+            f"{plain(PARTS.get(name, name))}",
             human_bytes(size),
             f"{size / total:.1%}",
         ]

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-CSS = """
+PART_COLORS = (
+    "#2f6fb7",
+    "#e08a1e",
+    "#2a9d78",
+    "#b4488f",
+    "#d4b106",
+    "#7461c9",
+    "#77818c",
+    "#b3bac2",
+    "#3f4852",
+)
+"""Of the parts of memory, by their order in `fourbit.report.content.PARTS`; the last: others."""
+
+_LIGHT = " ".join(f"--p{number}: {color};" for number, color in enumerate(PART_COLORS))
+
+CSS = (
+    f":root {{ {_LIGHT} }}"
+    + """
 :root {
   --page: #ffffff; --panel: #f5f7f9; --ink: #1b2129; --soft: #57616d; --rule: #d5dbe2;
   --good: #17693a; --bad: #a6201b; --curve: #1f5fa8; --dot: #c2410c;
-  --p0: #2f6fb7; --p1: #e08a1e; --p2: #2a9d78; --p3: #b4488f; --p4: #d4b106; --p5: #7461c9;
-  --p6: #77818c; --p7: #b3bac2; --p8: #3f4852;
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
@@ -109,3 +124,4 @@ details { margin-top: .3rem; }
   details::details-content { display: block; content-visibility: visible; }
 }
 """
+)

@@ -8,10 +8,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourbit.files import replace_file
-from fourbit.report.content import ReportContent, is_share, loss_series, score_pairs
+from fourbit.report.content import PARTS, ReportContent, is_share, loss_series, score_pairs
+from fourbit.report.style import PART_COLORS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+
+def plot_plans(
+    path: Path, plans: Mapping[str, Mapping[str, int]], *, room: int | None, title: str
+) -> None:
+    """Writes one picture (1000 x 560 pixels, PNG): a bar for each plan, stacked by part.
+
+    Args:
+        path: the file to write; replaced as a whole.
+        plans: bytes by part, by the name of the plan.
+        room: bytes there are; a line where known.
+        title: what is planned.
+
+    Raises:
+        EnvironmentFault: the disk refused.
+    """
+    figure, canvas = _canvas(10, 5.6)
+    axes = figure.add_subplot()
+    names = list(plans)
+    lows = dict.fromkeys(names, 0.0)
+    for color, (part, label) in zip(PART_COLORS, PARTS.items(), strict=False):
+        sizes = [plans[name].get(part, 0) / 1e9 for name in names]
+        if any(sizes):
+            axes.bar(
+                range(len(names)), sizes, 0.55, bottom=list(lows.values()), label=label, color=color
+            )
+        lows = {name: lows[name] + size for name, size in zip(names, sizes, strict=True)}
+    highest = max(lows.values(), default=1.0)
+    for place, total in enumerate(lows.values()):
+        axes.text(place, total + 0.02 * highest, f"{total:,.1f} GB", ha="center", fontsize=13)
+    if room and room / 1e9 < 1.3 * highest:
+        highest = max(highest, room / 1e9)
+        axes.axhline(room / 1e9, color="#a6201b", linewidth=1.4, linestyle="--")
+        text = f"{room / 1e9:,.1f} GB there are"
+        axes.text(len(names) - 0.45, room / 1e9, text, color="#a6201b", fontsize=12, va="bottom")
+    axes.set_xlim(-0.5, len(names) - 0.05)
+    axes.set_ylim(0, 1.12 * highest)
+    axes.set_xticks(range(len(names)), names, fontsize=13)
+    axes.set_ylabel("GB at the highest moment", fontsize=13)
+    axes.set_title(title, fontsize=15, loc="left")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=12
+    )
+    _tidy(axes)
+    _write(path, canvas)
 
 
 def plot_summary(path: Path, content: ReportContent) -> None:
@@ -24,12 +73,7 @@ def plot_summary(path: Path, content: ReportContent) -> None:
     Raises:
         EnvironmentFault: the disk refused.
     """
-    # pyplot would choose a window system and keep every figure alive; these two classes do not.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5), dpi=100, facecolor="white", layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure, canvas = _canvas(12, 5)
     pairs = [pair for pair in score_pairs(content.scores) if is_share(pair[0], max(pair[1:]))]
     if pairs:
         grid = figure.add_gridspec(1, 2, width_ratios=[2.2, 1])
@@ -37,6 +81,19 @@ def plot_summary(path: Path, content: ReportContent) -> None:
         _plot_loss(figure.add_subplot(grid[0]), content.metrics)
     else:
         _plot_loss(figure.add_subplot(), content.metrics)
+    _write(path, canvas)
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, FigureCanvasAgg]:
+    # pyplot would choose a window system and keep every figure alive; these two classes do not.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white", layout="constrained")
+    return figure, FigureCanvasAgg(figure)
+
+
+def _write(path: Path, canvas: FigureCanvasAgg) -> None:
     buffer = io.BytesIO()
     canvas.print_png(buffer, metadata={"Software": None})
     replace_file(path, buffer.getvalue())

@@ -126,6 +126,16 @@ def load_settings(
     return Resolved(value=value, origins=origins)
 
 
+def replaced(settings: ModelT, values: Mapping[str, Any]) -> ModelT:
+    """A copy with other values at some dotted keys; they are not checked again."""
+    update: dict[str, Any] = {}
+    for key, value in values.items():
+        name, _, below = key.partition(".")
+        old = update.get(name, getattr(settings, name))
+        update[name] = replaced(old, {below: value}) if below else value
+    return settings.model_copy(update=update)
+
+
 def options(model: type[BaseModel]) -> list[Option]:
     """Every leaf of a schema in the order of its fields; a free mapping is one leaf."""
     return list(_options(model, "", None))

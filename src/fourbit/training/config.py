@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, PositiveInt, field_validator, model_validator
 
 from fourbit.data.config import DataConfig
 from fourbit.device import Precision
+from fourbit.errors import InputError
 from fourbit.lora import LoraSettings
 from fourbit.methods import READ_BY, Method, trains_prompt
 from fourbit.optim import OptimConfig
-from fourbit.planning import ALL_LAYERS
+from fourbit.planning import ALL_LAYERS, TrainingShape
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 from fourbit.settings import Settings
+from fourbit.shards import parse_size
 
 SHORT_FORMS = {
     "data": "data.train",
@@ -23,6 +26,7 @@ SHORT_FORMS = {
     "o": "output",
     "r": "lora.r",
     "max_length": "data.max_length",
+    "num_virtual_tokens": "prompt.num_virtual_tokens",
     "quant_type": "quant.quant_type",
     "skip_bad_lines": "data.skip_bad_lines",
 }
@@ -59,6 +63,14 @@ class TrainConfig(Settings):
     gradient_checkpointing: Literal["auto", "none", "all"] | PositiveInt = Field(
         default="auto",
         description="layers whose activations are recomputed in backward; auto: as memory needs",
+    )
+    budget: str | None = Field(
+        default=None,
+        description="memory of the whole process, e.g. 6GB; batch_size, checkpointing and"
+        " pages give way until the run fits",
+    )
+    rehearsal: bool = Field(
+        default=True, description="run the longest batch before step 1 and measure its memory"
     )
     precision: Precision = Field(default="auto", description="bf16, fp16 (with a scaler) or fp32")
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
@@ -106,6 +118,46 @@ class TrainConfig(Settings):
         named = {"auto": None, "none": 0, "all": ALL_LAYERS}
         value = self.gradient_checkpointing
         return value if isinstance(value, int) else named[value]
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """``budget`` in bytes."""
+        return None if self.budget is None else parse_size(self.budget, where="budget")
+
+    def shape(
+        self, *, dtype: torch.dtype, length: int | None = None, cpu_kernels: bool = True
+    ) -> TrainingShape:
+        """What decides the run's memory.
+
+        Args:
+            dtype: of activations.
+            length: of the longest sequence; None takes ``data.max_length``.
+            cpu_kernels: see `TrainingShape`.
+        """
+        longest = self.data.max_length if length is None or self.data.packing else length
+        return TrainingShape(
+            method=self.method,
+            quant=self.quant,
+            lora=self.lora,
+            dtype=dtype,
+            batch_size=self.batch_size,
+            length=longest,
+            recompute=self.recomputed_layers,
+            packing=self.data.packing or self.batch_size > 1,
+            grad_accum=self.grad_accum,
+            prompt=self.prompt,
+            optim=self.optim,
+            cpu_kernels=cpu_kernels,
+        )
+
+    @field_validator("budget")
+    @classmethod
+    def _is_a_size(cls, value: str | None) -> str | None:
+        try:
+            _ = value is None or parse_size(value, where="budget")
+        except InputError as error:
+            raise ValueError(f"{error.what}; {error.fix}") from None
+        return value
 
     @field_validator("parallel")
     @classmethod

@@ -126,8 +126,9 @@ class StepPlan:
 class StepResult:
     """One step as it is written to ``metrics.jsonl``.
 
-    ``updated`` is False for a skipped update; ``paths`` counts the decoder layers by how their last
-    forward was computed (`fourbit.fused.paths`).
+    ``memory_bytes`` is the highest of the step; ``updated`` is False for a skipped update;
+    ``paths`` counts the decoder layers by how their last forward was computed
+    (`fourbit.fused.paths`).
     """
 
     step: int
@@ -162,6 +163,7 @@ class TrainLoop:
 
     Attributes:
         note: is told, in a line, what was done when memory ran out.
+        peak: highest memory in bytes of all that was done between two steps; None where unknown.
     """
 
     note: Callable[[str], None] = staticmethod(lambda line: None)
@@ -180,6 +182,7 @@ class TrainLoop:
         self.config, self.objective, self.dataset = config, objective, dataset
         self.optimizer, self.watch, self.pad_id = optimizer, watch, pad_id
         self._evicted_at = -1
+        self.peak: int | None = None
         self.plan = StepPlan(batches, config.grad_accum, config.epochs, config.max_steps)
         self.total_steps = self.plan.total()
         self.state = LoopState()
@@ -197,8 +200,40 @@ class TrainLoop:
             # An evaluation between two steps leaves the model in eval mode.
             self.objective.model.train()
 
+    def rehearse(self) -> int | None:
+        """Runs the longest batch once, as a step and as an evaluation would; nothing is changed.
+
+        The optimizer's state takes its memory. Where memory runs out, room is made as in a step,
+        and what was given up for it stays given up.
+
+        Returns:
+            The highest memory in bytes, as `peak_memory` says it; None where unknown.
+
+        Raises:
+            EnvironmentFault: nothing is left to give up.
+        """
+        batches = self.plan.batches.epoch(0)
+        longest = max(batches, key=self._positions)
+        batch = self._collate(self.dataset, longest)
+        random = torch.get_rng_state()
+        self.objective.model.train()
+        devices.reset_peak_memory(self.objective.device)
+        self._surviving("rehearsal", [batch], self.optimizer.reserve)
+        # the second micro-batch of a step runs beside the gradients of the first
+        self._backward(0, [batch] * min(2, self.config.grad_accum), batch.num_supervised)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.objective.model.eval()
+        with torch.no_grad():
+            self._surviving("rehearsal", [batch], partial(self._loss_sum, batch))
+        torch.set_rng_state(random)
+        return devices.peak_memory(self.objective.device)
+
+    def _positions(self, micro: Any) -> int:
+        return len(micro) * max(sum(int(self.dataset.lengths[i]) for i in pack) for pack in micro)
+
     def _step(self, step: int, epoch: int, micro: list[Any]) -> StepResult:
         began = time.perf_counter()
+        self.take_peak()
         batches = [self._collate(self.dataset, m) for m in micro]
         supervised = sum(batch.num_supervised for batch in batches)
         tokens = sum(int(self.dataset.lengths[i]) for m in micro for pack in m for i in pack)
@@ -229,6 +264,13 @@ class TrainLoop:
             paths=paths(self.objective.model),
         )
 
+    def take_peak(self) -> None:
+        """Adds what was reached since the last call to ``peak``, and measures anew."""
+        reached = devices.peak_memory(self.objective.device)
+        if reached is not None:
+            self.peak = max(reached, self.peak or 0)
+        devices.reset_peak_memory(self.objective.device)
+
     def _collate(self, dataset: Dataset, micro: Any) -> Batch:
         # Packs are nearly full: rounded up they all have one length, so the CPU's matrix library
         # prepares its products once, and freed blocks are used again.
@@ -257,7 +299,8 @@ class TrainLoop:
                     total += float(loss_sum.detach())
             return total / max(supervised, 1)
 
-        return self._surviving(f"step {step}", batches, gradients)
+        where = f"step {step}" if step else "rehearsal"
+        return self._surviving(where, batches, gradients)
 
     def _parts(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
         """The batch in as few parts as memory allows, and the positions before each."""

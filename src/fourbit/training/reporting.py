@@ -55,6 +55,12 @@ def write_run_report(
         plot_summary(folder.path / "summary.png", content)
 
 
+def gave_way(folder: RunDir) -> dict[str, Any]:
+    """The settings that gave way to the budget when the run in ``folder`` began."""
+    plan = (_read(folder.path / PLAN_FILE) or {}).get("plan", {})
+    return dict(plan.get("recommended", {}))
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys."""
     flat: dict[str, Any] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from fourbit.objective import Objective, mixed_precision
 from fourbit.optim import build_optimizer
 from fourbit.receipt import Receipt, Watch, read_receipt
 from fourbit.rundir import RunDir
-from fourbit.settings import Resolved, dump_settings
+from fourbit.settings import Resolved, dump_settings, replaced
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training import reporting
 from fourbit.training.adapter import (
@@ -56,6 +56,8 @@ from fourbit.training.tracking import Tracker, require_tracker
 
 _SAVE_FAILURES = 3
 _SAMPLE_TOKENS = 96
+_DECIDES_THE_RESULT = {"data.max_length", "lora.r"}
+"""What a budget may recommend, but not change unasked."""
 _WARN_ONLY = {"versions", "settings.optim.paged"}
 _FREE_TO_CHANGE = {
     "output",
@@ -66,6 +68,8 @@ _FREE_TO_CHANGE = {
     "report_to",
     "resume",
     "gradient_checkpointing",
+    "budget",
+    "rehearsal",
     "save_dtype",
     "keep_best",
     "early_stopping",
@@ -153,6 +157,22 @@ def _out_of_memory(error: BaseException, where: str) -> EnvironmentFault:
     )
 
 
+def _does_not_fit(plan: planning.Plan, budget: str | None, how: str) -> EnvironmentFault:
+    """``plan`` is of the nearest settings, or of the least where nothing fits."""
+    settings = " ".join(f"--{key} {value}" for key, value in plan.recommended.items())
+    fix = (
+        f"take {settings}"
+        if plan.fits
+        else f"take a larger budget, or a smaller model ({settings})"
+    )
+    return EnvironmentFault(
+        "does-not-fit",
+        where="budget",
+        what=f"the run does not fit into {budget}, as {how}",
+        fix=fix,
+    )
+
+
 class _Run:
     """The phases of one run, in order; state they share."""
 
@@ -172,7 +192,8 @@ class _Run:
     def __init__(self, config: TrainConfig, origins: dict[str, str], reporter: Reporter) -> None:
         self.config, self.origins, self.say = config, origins, reporter
         self.save_failures = 0
-        self.peak: int | None = None
+        self.gave_way: dict[str, Any] = {}
+        self.rehearsed: int | None = None
         self.told_paths: dict[str, int] = {}
         self.optimizer_facts: dict[str, Any] = {}
 
@@ -180,26 +201,20 @@ class _Run:
         """Takes the run directory."""
         self.folder = folder
         self.say.log = folder.log
+        if self.config.resume != "never":
+            self.gave_way = reporting.gave_way(folder)
 
     def execute(self) -> TrainResult:
         """All phases."""
         self.prepare()
         resolved = Resolved(self.config, self.origins)
         self.folder.write_text(self.folder.config_path, dump_settings(resolved))
-        self.folder.write_json(
-            reporting.PLAN_FILE,
-            {
-                "plan": self.plan.as_dict(),
-                "audit": self.data.audit.as_dict(),
-                "machine": devices.machine().as_dict(),
-                "arena": arena.active(),
-                "origins": self.origins,
-            },
-        )
+        self._write_plan()
         self.load()
         resumed = self.resume()
         if not resumed:
             self.folder.truncate_metrics(-1)
+            self.rehearse()
             self.before()
         elif self.finished():
             self.say.line("this run is already finished; nothing to do")
@@ -210,6 +225,19 @@ class _Run:
         self.tracker.close()
         receipt.require(where=str(self.folder.path))
         return result
+
+    def _write_plan(self) -> None:
+        self.folder.write_json(
+            reporting.PLAN_FILE,
+            {
+                "plan": self.plan.as_dict(),
+                "rehearsed_peak_bytes": self.rehearsed,
+                "audit": self.data.audit.as_dict(),
+                "machine": devices.machine().as_dict(),
+                "arena": arena.active(),
+                "origins": self.origins,
+            },
+        )
 
     # Before a model is loaded: everything a user's mistake can be found in.
 
@@ -300,27 +328,31 @@ class _Run:
         )
 
     def _plan(self, device: torch.device) -> None:
-        data = self.config.data
-        longest = int(self.data.train.lengths.max())
-        self.plan = planning.plan_training(
-            self.model_config,
-            planning.TrainingShape(
-                method=self.config.method,
-                quant=self.config.quant,
-                lora=self.config.lora,
-                dtype=self.dtype,
-                batch_size=self.config.batch_size,
-                length=data.max_length if data.packing else longest,
-                recompute=self.config.recomputed_layers,
-                packing=data.packing or self.config.batch_size > 1,
-                grad_accum=self.config.grad_accum,
-                prompt=self.config.prompt,
-                optim=self.config.optim,
-            ),
-            device=device,
-        )
+        self.room = planning.Room.here(device, budget=self.config.budget_bytes)
+        if self.config.budget is None:
+            self.plan = planning.plan_training(self.model_config, self._shape(), self.room)
+        else:
+            # what is resumed keeps the batches it began with
+            self.config = replaced(self.config, self.gave_way)
+            self.plan = planning.recommend(self.model_config, self._shape(), self.room)
+            self._give_way(self.gave_way | self.plan.recommended)
         for text in self.plan.lines():
             self.say.line(text)
+
+    def _shape(self) -> planning.TrainingShape:
+        return self.config.shape(
+            dtype=self.dtype,
+            length=int(self.data.train.lengths.max()),
+            cpu_kernels=devices.default_device().type == "cpu",
+        )
+
+    def _give_way(self, settings: Mapping[str, Any]) -> None:
+        """Takes the settings that fit into the budget, unless they would train something else."""
+        if self.plan.fits is False or settings.keys() & _DECIDES_THE_RESULT:
+            raise _does_not_fit(self.plan, self.config.budget, "planned")
+        self.plan = replace(self.plan, recommended=dict(settings))
+        self.config = replaced(self.config, settings)
+        self.origins |= dict.fromkeys(settings, "the budget")
 
     # The model.
 
@@ -484,6 +516,27 @@ class _Run:
 
     # Training.
 
+    def rehearse(self) -> None:
+        """The longest batch once, before anything is trained; a run that does not fit ends here."""
+        if not self.config.rehearsal:
+            return
+        self.say.line("rehearsing the longest batch")
+        reached = self.rehearsed = self.loop.rehearse()
+        if reached is None:
+            return
+        planned = self.plan.peak_bytes
+        self.say.line(
+            f"rehearsal: {human_bytes(reached)} at the highest, planned {human_bytes(planned)}"
+            f" ({planned / reached - 1:+.1%})"
+        )
+        self._write_plan()
+        budget = self.config.budget_bytes
+        if budget is not None and reached > budget:
+            less = replace(self.room, available=int(budget * planned / reached))
+            nearest = planning.recommend(self.model_config, self._shape(), less)
+            measured = f"measured: {human_bytes(reached)}"
+            raise _does_not_fit(nearest, self.config.budget, measured)
+
     def before(self) -> None:
         """Evaluation loss and samples of the untouched model."""
         with self.objective.untouched() as model:
@@ -546,7 +599,7 @@ class _Run:
                 if self._after_step(result):
                     self.say.line(f"early stopping at step {result.step}")
                     break
-        self.peak = devices.peak_memory(self.objective.device)
+        loop.take_peak()
         self.watch.stop()
         self.save()
         self.optimizer_facts = self.loop.optimizer.described()
@@ -666,8 +719,9 @@ class _Run:
             base_revision=self.source.revision,
             data_fingerprint=self.data.fingerprint,
             save_dtype=config.save_dtype,
-            peak_memory_bytes=self.peak,
+            peak_memory_bytes=self.loop.peak,
             predicted_peak_bytes=self.plan.peak_bytes,
+            rehearsed_peak_bytes=self.rehearsed,
             tokens_per_second=speed,
             train_seconds=round(self.loop.state.seconds, 3),
             skipped_updates=self.loop.state.nonfinite_total,
@@ -677,6 +731,8 @@ class _Run:
         self.folder.write_json(reporting.SAMPLES_FILE, samples)
         self.folder.write_json(self.folder.receipt_path, receipt.as_dict())
         self._print_receipt(receipt)
+        self.plan = planning.side_by_side(self.model_config, self._shape(), self.room, self.plan)
+        self._write_plan()
         reporting.write_run_report(self.folder)
         return receipt
 
@@ -692,8 +748,8 @@ class _Run:
         for finding in receipt.findings:
             self.say.line(f"note {finding}")
         self.say.line(
-            f"peak memory {human_bytes(self.peak)}, planned {human_bytes(self.plan.peak_bytes)};"
-            f" {self._speed() or math.nan:.0f} tokens/s"
+            f"peak memory {human_bytes(self.loop.peak)}, planned"
+            f" {human_bytes(self.plan.peak_bytes)}; {self._speed() or math.nan:.0f} tokens/s"
         )
         self.say.line(f"adapter: {self.folder.adapter_dir}")
         self.say.line(f"report:  {self.folder.report_path}")
