@@ -40,7 +40,7 @@ def plan(
     """Bytes by part for fine-tuning ``model`` as configured; no weight is read.
 
     Args:
-        model: folder, GGUF file, hub id or alias.
+        model: folder or config.json (no weights are needed), GGUF file, hub id or alias.
         config: the run; defaults where None. What is not named in it comes from the device's
             preset, where it has one.
         method: instead of the configured one.
@@ -69,7 +69,7 @@ def plan(
     else:
         room = planning.Room.here(target, budget=size)
         dtype = devices.resolve_precision(run.precision, target)
-    source = resolve_source(model, revision=run.revision)
+    source = resolve_source(model, revision=run.revision, weights=False)
     stored = stored_quantization(source)
     if stored is not None:
         run = run.model_copy(update={"quant": stored.quant})
@@ -78,7 +78,9 @@ def plan(
     make = planning.plan_training if size is None else planning.recommend
     found = make(architecture, shape, room)
     if compare:
-        run = replaced(run, found.recommended)
+        # what each method leaves to its plan stays left to it
+        settled = ("gradient_checkpointing", "optim.paged")
+        run = replaced(run, {k: v for k, v in found.recommended.items() if k not in settled})
         shape = run.shape(dtype=dtype, cpu_kernels=shape.cpu_kernels)
         found = planning.side_by_side(architecture, shape, room, found)
     return found

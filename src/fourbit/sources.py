@@ -55,8 +55,14 @@ class ModelSource:
         return sorted(self.path.glob("*.safetensors"))
 
 
-def resolve_source(name: str, *, revision: str | None = None) -> ModelSource:
+def resolve_source(name: str, *, revision: str | None = None, weights: bool = True) -> ModelSource:
     """Finds a model without loading it.
+
+    Args:
+        name: folder, GGUF file, hub id or alias.
+        revision: branch, tag or commit of a hub id.
+        weights: whether there must be weights; without, a folder with config.json will do, or that
+            file, and a hub id fetches no more than its configuration.
 
     Raises:
         ModelError: no such path, or a folder without usable weights.
@@ -68,6 +74,8 @@ def resolve_source(name: str, *, revision: str | None = None) -> ModelSource:
         return _alias_source(name)
     path = Path(name).expanduser()
     if path.is_file():
+        if path.name == "config.json" and not weights:
+            return ModelSource(name, "folder", path.absolute().parent)
         if path.suffix != ".gguf":
             raise ModelError(
                 "not-a-model",
@@ -77,9 +85,9 @@ def resolve_source(name: str, *, revision: str | None = None) -> ModelSource:
             )
         return ModelSource(name, "gguf", path.absolute())
     if path.is_dir():
-        return _folder_source(name, path.absolute())
+        return _folder_source(name, path.absolute(), weights=weights)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not path.parent.is_dir():
-        return _hub_source(name, revision)
+        return _hub_source(name, revision, weights=weights)
     raise ModelError(
         "no-such-model", where=name, what="no such file or folder", fix=_path_hint(path, name)
     )
@@ -111,9 +119,9 @@ def _alias_source(name: str) -> ModelSource:
     return ModelSource(name, "gguf", Path(spec.origin).parent / file)
 
 
-def _folder_source(name: str, path: Path) -> ModelSource:
+def _folder_source(name: str, path: Path, *, weights: bool = True) -> ModelSource:
     if (path / "config.json").is_file():
-        if any(path.glob("*.safetensors")):
+        if not weights or any(path.glob("*.safetensors")):
             return ModelSource(name, "folder", path)
         pickles = [p.name for p in (*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth"))]
         what = "config.json without safetensors weights"
@@ -138,7 +146,7 @@ def _folder_source(name: str, path: Path) -> ModelSource:
     )
 
 
-def _hub_source(name: str, revision: str | None) -> ModelSource:
+def _hub_source(name: str, revision: str | None, *, weights: bool = True) -> ModelSource:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -151,7 +159,7 @@ def _hub_source(name: str, revision: str | None) -> ModelSource:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=_HUB_PATTERNS,
+                allow_patterns=_HUB_PATTERNS if weights else ["config.json"],
                 ignore_patterns=_HUB_DUPLICATES,
             )
         )
@@ -169,7 +177,9 @@ def _hub_source(name: str, revision: str | None) -> ModelSource:
             what="no such local folder, not in the hub cache, and the hub cannot be reached",
             fix="check the path or the network; a cached model also loads offline",
         ) from error
-    source = _folder_source(name, folder)
+    if not weights and not (folder / "config.json").is_file():
+        return _hub_source(name, revision)  # it may hold a GGUF file alone
+    source = _folder_source(name, folder, weights=weights)
     return ModelSource(name, source.kind, source.path, revision=folder.name)
 
 

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+_Key = tuple[str, torch.dtype, torch.device]
+_MOST_VIEWS = 32
+
 
 class Scratch(threading.local):
     """Uninitialized buffers by name; a name's buffer is valid until the name is taken again.
@@ -19,26 +22,35 @@ class Scratch(threading.local):
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._buffers: dict[_Key, Tensor] = {}
+        self._views: dict[_Key, dict[tuple[int, ...], Tensor]] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """A contiguous tensor of ``shape`` with the dtype and device of ``like``."""
-        count = math.prod(shape)
         key = (name, like.dtype, like.device)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < count:
-            buffer = torch.empty(count, dtype=like.dtype, device=like.device)
-            self._buffers[key] = buffer
-        return buffer[:count].view(shape)
+        views = self._views.setdefault(key, {})
+        found = views.get(shape)
+        if found is None:
+            count = math.prod(shape)
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.numel() < count:
+                views.clear()
+                buffer = torch.empty(count, dtype=like.dtype, device=like.device)
+                self._buffers[key] = buffer
+            elif len(views) >= _MOST_VIEWS:
+                views.clear()
+            found = views[shape] = buffer[:count].view(shape)
+        return found
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Inside, there are no buffers yet, and those taken there are gone afterwards."""
-        outside, self._buffers = self._buffers, {}
+        outside = self._buffers, self._views
+        self._buffers, self._views = {}, {}
         try:
             yield
         finally:
-            self._buffers = outside
+            self._buffers, self._views = outside
 
     def buffers(self) -> list[Tensor]:
         """All that were made."""
@@ -47,6 +59,7 @@ class Scratch(threading.local):
     def release(self) -> None:
         """Gives the memory back."""
         self._buffers.clear()
+        self._views.clear()
 
 
 SCRATCH = Scratch()

@@ -8,13 +8,13 @@ from dataclasses import replace
 from transformers import PretrainedConfig
 
 from fourbit.methods import Method
-from fourbit.planning.plan import Plan, Room, plan_training
+from fourbit.planning.plan import Plan, Planner, Room
 from fourbit.planning.shape import TrainingShape
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 _TIGHT, _EASY = 0.6, 0.3
-"""Shares of the memory. 16-bit LoRA above the first leaves no room for longer sequences or larger
-batches, below the second it lacks none."""
+"""Shares of the memory, with all activations recomputed. 16-bit LoRA above the first leaves no room
+for longer sequences or larger batches, below the second it lacks none."""
 
 
 def side_by_side(config: PretrainedConfig, shape: TrainingShape, room: Room, plan: Plan) -> Plan:
@@ -29,17 +29,21 @@ def side_by_side(config: PretrainedConfig, shape: TrainingShape, room: Room, pla
     Raises:
         InputError: PEFT refuses the adapter.
     """
-    plans = {}
+    plans, least = {}, {}
     for method in dict.fromkeys((*METHODS, shape.method)):
-        own = method == shape.method
-        other = replace(shape, method=method)
-        plans[method] = plan if own else plan_training(config, other, room)
-    return replace(plan, methods=plans, advice=advice(plans))
+        planner = Planner(config, replace(shape, method=method))
+        plans[method] = plan if method == shape.method else planner.plan(room)
+        least[method] = plans[method] if plans[method].fits is False else planner.least(room)
+    return replace(plan, methods=plans, advice=advice(least))
 
 
-def advice(plans: Mapping[str, Plan]) -> str:
-    """Which method the memory suggests, and why, in a line."""
-    full, lora, qlora = (plans[method] for method in METHODS)
+def advice(least: Mapping[str, Plan]) -> str:
+    """Which method the memory suggests, and why, in a line.
+
+    Args:
+        least: plans of all `METHODS` with as little as each can do with.
+    """
+    full, lora, qlora = (least[method] for method in METHODS)
     if not lora.available_bytes:
         return "how much memory there is cannot be known here"
     share = lora.peak_bytes / lora.available_bytes

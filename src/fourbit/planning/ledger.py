@@ -38,14 +38,19 @@ class Ledger(TorchDispatchMode):
     Our own ops run as the code that serves them on a CPU, so that what they allocate inside is
     seen; kernels of torch are seen from outside only.
 
+    Args:
+        inside: False: our own ops are seen from outside too, as on a graphics card, whose kernels
+            need no room beside their results.
+
     Attributes:
         blocks: in the order in which they were made.
         events: each `Block` at the moments when it was made and freed, in order of time.
         left: index of the event at which a phase was left last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, inside: bool = True) -> None:
         super().__init__()
+        self._inside = inside
         self.blocks: list[Block] = []
         self.events: list[tuple[Block, bool]] = []
         self.left: dict[str, int] = {}
@@ -83,7 +88,7 @@ class Ledger(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kernel = _own_kernel(func, args)
+        kernel = _own_kernel(func, args) if self._inside else None
         if kernel is None:
             result = func(*args, **(kwargs or {}))
         else:

@@ -7,6 +7,7 @@ runs, so what they allocate and what is planned cannot drift apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,12 +17,14 @@ from transformers import PretrainedConfig
 
 from fourbit import arena
 from fourbit import device as devices
+from fourbit.integrations.peft import base_model
+from fourbit.integrations.transformers import decoder_layers
 from fourbit.linear import packed_weights, parameter_counts
 from fourbit.methods import quantized_base
 from fourbit.optim import resident_bytes
 from fourbit.planning.presets import Preset
 from fourbit.planning.shape import TrainingShape
-from fourbit.planning.skeleton import make_skeleton
+from fourbit.planning.skeleton import Skeleton, make_skeleton
 from fourbit.planning.step import ImaginedSteps, Moment
 
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
@@ -206,16 +209,17 @@ class Planner:
 
     def __init__(self, config: PretrainedConfig, shape: TrainingShape) -> None:
         self.shape = shape
-        model = make_skeleton(config, shape)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        skeleton = make_skeleton(config, shape)
         # on meta what is trained may still be in 16 bits; it becomes float32
-        frozen = sum(_bytes(p) for p in model.parameters() if not p.requires_grad)
-        self._counts = [p.numel() for p in trained]
+        self._counts = [
+            p.numel() for p, times in skeleton.parameters() if p.requires_grad for _ in range(times)
+        ]
         self._trained = 4 * sum(self._counts)
+        frozen = sum(n * _bytes(p) for p, n in skeleton.parameters() if not p.requires_grad)
         self._weights = frozen + (self._trained if shape.method == "full" else 0)
-        self._largest = _largest_source(model, shape)
-        self._numbers = parameter_counts(model)
-        self._steps = ImaginedSteps(model, shape)
+        self._largest = _largest_source(skeleton.model, shape)
+        self._numbers = _numbers(skeleton)
+        self._steps = ImaginedSteps(skeleton, shape)
 
     def plan(self, room: Room) -> Plan:
         """The plan that keeps most activations and pages of all that fit."""
@@ -226,21 +230,40 @@ class Planner:
             return self._plan(recompute, paged, room)
 
         layers = self._steps.layers
-        plan = at(min(shape.recompute or 0, layers), paged)
-        if shape.recompute is None and plan.fits is False and layers:
-            low, high = 0, layers
-            if not self._steps.alike:  # each number would be run in full
-                low = layers - 1
-            while high - low > 1:
-                middle = (low + high) // 2
-                if at(middle, paged).fits:
-                    high = middle
-                else:
-                    low = middle
-            plan = at(high, paged)
+        if shape.recompute is not None:
+            plan = at(min(shape.recompute, layers), paged)
+        else:
+            plan = self._least_recomputed(room, lambda recompute: at(recompute, paged))
         if shape.optim.paged == "auto" and plan.fits is False:
             plan = at(plan.recomputed_layers, True)
         return plan
+
+    def least(self, room: Room) -> Plan:
+        """The plan that gives up all that is left to it."""
+        shape = self.shape
+        layers = self._steps.layers
+        recompute = layers if shape.recompute is None else min(shape.recompute, layers)
+        return self._plan(recompute, shape.optim.paged != "off", room)
+
+    def _least_recomputed(self, room: Room, at: Callable[[int], Plan]) -> Plan:
+        """The plan with as few recomputed layers as fit; all of them where none does."""
+        layers = self._steps.layers
+        hopeless = room.available and room.baseline + self._weights > room.available
+        plan = at(layers if hopeless else 0)
+        if hopeless or plan.fits is not False or not layers:
+            return plan
+        found = at(layers)
+        low, high = 0, layers
+        if not self._steps.alike:  # each number would be run in full
+            low = layers - 1
+        while found.fits and high - low > 1:
+            middle = (low + high) // 2
+            plan = at(middle)
+            if plan.fits:
+                found, high = plan, middle
+            else:
+                low = middle
+        return found
 
     def _plan(self, recompute: int, paged: bool, room: Room) -> Plan:
         shape = self.shape
@@ -263,12 +286,18 @@ class Planner:
         saving.parts["workspace"] = max(self._counts, default=0) * 8
         moments = self._steps.moments(recompute)
         phases = {"load": whole(loading, state=False)}
-        for phase, after in (("first step", False), ("later step", True), ("evaluation", True)):
-            highest = max(
+        highest = {
+            phase: max(
                 (m for name, m in moments.items() if name.startswith(phase)),
                 key=lambda moment: moment.total,
             )
-            phases[phase] = whole(highest, state=after)
+            for phase in ("first step", "later step", "evaluation")
+        }
+        # Nothing is there in a first step that is not in a later one; told from few layers it may
+        # seem so.
+        first = min(highest["first step"], highest["later step"], key=lambda moment: moment.total)
+        for phase, moment in {**highest, "first step": first}.items():
+            phases[phase] = whole(moment, state=phase != "first step")
         phases["save"] = whole(saving, state=True)
         trainable, parameters = self._numbers
         return Plan(
@@ -289,6 +318,17 @@ def _largest_source(model: nn.Module, shape: TrainingShape) -> int:
         return 0
     weights, _ = packed_weights(model)
     return 2 * max((count for count in weights.values()), default=0)
+
+
+def _numbers(skeleton: Skeleton) -> tuple[int, int]:
+    """Trainable and all parameters."""
+    trainable, parameters = parameter_counts(skeleton.model)
+    if skeleton.left_out:
+        last = decoder_layers(base_model(skeleton.model))[-1]
+        more = parameter_counts(last)
+        trainable += skeleton.left_out * more[0]
+        parameters += skeleton.left_out * more[1]
+    return trainable, parameters
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +22,39 @@ from fourbit.lora import LoraSettings
 from fourbit.methods import quantized_base, trains_prompt
 from fourbit.planning.shape import TrainingShape
 
+MOST_RUN = 5
+"""Decoder layers of a model whose layers are all alike that a plan runs at once."""
 
-def make_skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
-    """The model on the meta device, in training mode.
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model on the meta device, in training mode.
+
+    Attributes:
+        model: where all decoder layers are alike, only the first few are in it.
+        left_out: how many are not; each is as the last one that is.
+        alike: whether some layers tell of the others.
+    """
+
+    model: nn.Module
+    left_out: int
+    alike: bool
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return len(decoder_layers(base_model(self.model))) + self.left_out
+
+    def parameters(self) -> Iterator[tuple[nn.Parameter, int]]:
+        """Each parameter, and how many there are of it in the whole model."""
+        last = decoder_layers(base_model(self.model))[-1:]
+        repeated = {id(p) for layer in last for p in layer.parameters()}
+        for parameter in self.model.parameters():
+            yield parameter, 1 + (self.left_out if id(parameter) in repeated else 0)
+
+
+def make_skeleton(config: PretrainedConfig, shape: TrainingShape) -> Skeleton:
+    """The model as it will be trained.
 
     Raises:
         InputError: PEFT refuses the adapter.
@@ -32,16 +64,30 @@ def make_skeleton(config: PretrainedConfig, shape: TrainingShape) -> nn.Module:
         base: PreTrainedModel = AutoModelForCausalLM.from_config(
             copy.deepcopy(config), dtype=torch.float32 if full else shape.dtype
         )
-    model: nn.Module = base
     if not full:
         base.requires_grad_(False)
-        if quantized_base(shape.method):
-            quantize_model(base, shape.quant)
-        if trains_prompt(shape.method):
-            model = add_prompt(base, shape.prompt, method=shape.method)
-        else:
-            model = _adapted(base, shape.lora)
-    return model.train()
+    if quantized_base(shape.method):
+        quantize_model(base, shape.quant)
+    left_out = 0
+    if alike(base) and not _names_layers(shape):
+        left_out = max(0, len(decoder_layers(base)) - MOST_RUN)
+        _shorten(base, MOST_RUN)
+    model: nn.Module = base
+    if trains_prompt(shape.method):
+        model = add_prompt(base, shape.prompt, method=shape.method)
+    elif not full:
+        model = _adapted(base, shape.lora)
+    return Skeleton(model.train(), left_out, left_out > 0 or alike(model))
+
+
+def _names_layers(shape: TrainingShape) -> bool:
+    """Whether the adapter's settings may tell one layer from another: by a number."""
+    lora = shape.lora
+    targets = lora.target_modules
+    named = [targets] if isinstance(targets, str) else list(targets)
+    named += [*(lora.target_parameters or ()), *(lora.exclude_modules or ())]
+    named += [*(lora.modules_to_save or ()), *lora.rank_pattern]
+    return any(re.search(r"\d", name) for name in named)
 
 
 def _adapted(base: PreTrainedModel, lora: LoraSettings) -> nn.Module:
@@ -106,11 +152,17 @@ def shortened(model: nn.Module, count: int) -> Iterator[None]:
     """Inside, the model has only its first ``count`` decoder layers."""
     base = base_model(model)
     layers = decoder_layers(base)
-    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and list(m) == layers]
-    for found in lists:
-        del found[count:]
+    lists = _shorten(base, count)
     try:
         yield
     finally:
         for found in lists:
             found.extend(layers[count:])
+
+
+def _shorten(base: PreTrainedModel, count: int) -> list[nn.ModuleList]:
+    layers = decoder_layers(base)
+    lists = [m for m in base.modules() if isinstance(m, nn.ModuleList) and list(m) == layers]
+    for found in lists:
+        del found[count:]
+    return lists

@@ -26,7 +26,7 @@ from fourbit.integrations.transformers import (
 from fourbit.objective import Objective, mixed_precision
 from fourbit.planning.ledger import Block, Ledger
 from fourbit.planning.shape import TrainingShape
-from fourbit.planning.skeleton import alike, pretend, shortened
+from fourbit.planning.skeleton import MOST_RUN, Skeleton, pretend, shortened
 
 MOVING = ("activations", "gradients", "logits", "workspace")
 """The parts of memory that come and go during a step."""
@@ -56,17 +56,16 @@ class ImaginedSteps:
     """Training steps of a model that has no memory; nothing is computed.
 
     Args:
-        model: on meta; its tensors become fake ones.
+        skeleton: its tensors become fake ones.
         shape: the run.
     """
 
-    def __init__(self, model: nn.Module, shape: TrainingShape) -> None:
-        self._model, self._shape = model, shape
+    def __init__(self, skeleton: Skeleton, shape: TrainingShape) -> None:
+        self._model, self._shape = skeleton.model, shape
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode, self._kernels():
-            pretend(model)
-        self.layers = len(decoder_layers(base_model(model)))
-        self.alike = alike(model)
+            pretend(skeleton.model)
+        self.layers, self.alike = skeleton.layers, skeleton.alike
         self._seen: dict[tuple[int, int], Moments] = {}
 
     def _kernels(self) -> AbstractContextManager[None]:
@@ -83,12 +82,16 @@ class ImaginedSteps:
         """
         recompute = min(recompute, self.layers)
         plain = self.layers - recompute
-        if not self.alike or 0 < min(plain, recompute) < 3:
+        if not self.alike or self.layers <= MOST_RUN:
             return self._run(plain, recompute)
-        if recompute == 0 or plain == 0:
-            kind = int(recompute > 0)
-            few, more = (self._run(n * (1 - kind), n * kind) for n in (3, 4))
-            return {name: more[name].beyond(few[name], self.layers - 4) for name in more}
+        few = min(plain, recompute)
+        if few < 3:
+            # up to two of one kind are run as they are, the others follow
+            most = (3 if plain else 4) if few == 0 else MOST_RUN - few
+            ends = [(few, n) if plain == few else (n, few) for n in (most - 1, most)]
+            less, more = (self._run(*kinds) for kinds in ends)
+            times = max(plain, recompute) - most
+            return {name: more[name].beyond(less[name], times) for name in more}
         base, wide, deep = (self._run(*n) for n in ((2, 2), (3, 2), (2, 3)))
         found: Moments = {}
         for name, moment in base.items():
@@ -122,7 +125,7 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
     base = base_model(model)
     if recompute:
         enable_checkpointing(base, layers=recompute)
-    ledger = Ledger()
+    ledger = Ledger(inside=shape.cpu_kernels)
     ledger.ignore([*model.parameters(), *model.buffers()])
     objective = Objective(model, mixed_precision(model, shape.dtype, shape.method))
     inputs, labels = _inputs(model, shape)
@@ -148,9 +151,10 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
 
     with SCRATCH.aside(), ledger, _marked(base, ledger):
         step("first step")
-        if shape.grad_accum == 1:
-            _forget(trained)
-        step("later step")
+        if shape.grad_accum > 1:
+            step("later step")
+        else:
+            _repeat(found, "first step", "later step")
         _forget(trained)
         model.eval()
         start = ledger.now
@@ -165,6 +169,11 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
     if recompute:
         disable_checkpointing(base)
     return found
+
+
+def _repeat(moments: Moments, name: str, again: str) -> None:
+    copies = {again + key.removeprefix(name): m for key, m in moments.items()}
+    moments.update(copies)
 
 
 def _forget(parameters: list[nn.Parameter]) -> None:
