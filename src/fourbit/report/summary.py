@@ -35,22 +35,24 @@ def plot_plans(
     axes = figure.add_subplot()
     names = list(plans)
     lows = dict.fromkeys(names, 0.0)
+    highest = max((sum(parts.values()) / 1e9 for parts in plans.values()), default=1.0)
     for color, (part, label) in zip(PART_COLORS, PARTS.items(), strict=False):
         sizes = [plans[name].get(part, 0) / 1e9 for name in names]
-        if any(sizes):
+        if max(sizes, default=0.0) > 0.001 * highest:
             axes.bar(
                 range(len(names)), sizes, 0.55, bottom=list(lows.values()), label=label, color=color
             )
         lows = {name: lows[name] + size for name, size in zip(names, sizes, strict=True)}
-    highest = max(lows.values(), default=1.0)
     for place, total in enumerate(lows.values()):
         axes.text(place, total + 0.02 * highest, f"{total:,.1f} GB", ha="center", fontsize=13)
+    right = len(names) - 0.5
     if room and room / 1e9 < 1.3 * highest:
+        right += 0.5
         highest = max(highest, room / 1e9)
         axes.axhline(room / 1e9, color="#a6201b", linewidth=1.4, linestyle="--")
         text = f"{room / 1e9:,.1f} GB there are"
         axes.text(len(names) - 0.45, room / 1e9, text, color="#a6201b", fontsize=12, va="bottom")
-    axes.set_xlim(-0.5, len(names) - 0.05)
+    axes.set_xlim(-0.5, right)
     axes.set_ylim(0, 1.12 * highest)
     axes.set_xticks(range(len(names)), names, fontsize=13)
     axes.set_ylabel("GB at the highest moment", fontsize=13)

@@ -56,6 +56,8 @@ from fourbit.training.tracking import Tracker, require_tracker
 
 _SAVE_FAILURES = 3
 _SAMPLE_TOKENS = 96
+_WORTH_COMPARING = 30.0
+"""Seconds of training from which the report also shows what other methods would have taken."""
 _DECIDES_THE_RESULT = {"data.max_length", "lora.r"}
 """What a budget may recommend, but not change unasked."""
 _WARN_ONLY = {"versions", "settings.optim.paged"}
@@ -731,8 +733,10 @@ class _Run:
         self.folder.write_json(reporting.SAMPLES_FILE, samples)
         self.folder.write_json(self.folder.receipt_path, receipt.as_dict())
         self._print_receipt(receipt)
-        self.plan = planning.side_by_side(self.model_config, self._shape(), self.room, self.plan)
-        self._write_plan()
+        if self.loop.state.seconds > _WORTH_COMPARING:
+            shape = self._shape()
+            self.plan = planning.side_by_side(self.model_config, shape, self.room, self.plan)
+            self._write_plan()
         reporting.write_run_report(self.folder)
         return receipt
 
