@@ -249,6 +249,8 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
                 devices.drop_file_pages(parameter, whole=True)
     if options.attn_implementation is None:
         use_fast_paths(model)
+    keywords.clear()
+    gguf_files.forget()
     devices.release_memory()
     return model.eval()
 
