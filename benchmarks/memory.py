@@ -108,8 +108,8 @@ def rows(cells: list[Cell], model: str, rounds: int) -> Iterator[dict[str, objec
     commit = subprocess.check_output(
         ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], text=True
     ).strip()
+    base = statistics.median(baseline() for _ in range(3))
     for cell in cells:
-        base = baseline()
         runs = [run(cell, model) for _ in range(rounds)]
         planned = statistics.median(p for p, _ in runs) - base
         measured = statistics.median(m for _, m in runs) - base

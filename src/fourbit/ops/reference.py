@@ -199,11 +199,24 @@ def linear_int8(
     return torch.ops.aten._unsafe_view(y.to(x.dtype), [*x.shape[:-1], codes.shape[0]])
 
 
+FEWEST_OUTLIERS = 16
+"""Columns of the smallest product of outliers."""
+
+
 def outlier_product(x: Tensor, codes: Tensor, scales: Tensor, columns: Tensor) -> Tensor:
-    """Some columns of ``x · dequant(W)ᵀ``, in ``x.dtype``."""
+    """Some columns of ``x · dequant(W)ᵀ``, in ``x.dtype``.
+
+    Their number differs from batch to batch, and oneDNN keeps a compiled product of some 10 kB for
+    each shape it has seen: columns of zeros make it a power of two.
+    """
+    count = columns.numel()
+    spare = max(FEWEST_OUTLIERS, 1 << (count - 1).bit_length()) - count
+    columns = torch.nn.functional.pad(columns, (0, spare))
+    x = x[:, columns]
+    x[:, count:] = 0
     weight = dequantize_int8(codes[:, columns], scales, x.dtype)
     with _no_autocast(x):
-        return x[:, columns] @ weight.t()
+        return x @ weight.t()
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:

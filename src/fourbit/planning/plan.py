@@ -31,8 +31,9 @@ PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits
 _HOLES = {True: 0.02, False: 0.06}
 """Free room between blocks that no block fits into, as a share of what comes and goes: with
 `fourbit.arena` and with glibc alone, whose share is larger still where layers are not fused."""
-_RUNTIME = 45 << 20
-"""Pages of the libraries, and small objects, that only a training touches; measured on Linux."""
+_RUNTIME = 70 << 20
+"""Pages of the libraries, and small objects, that only a plan and a training touch; measured on
+Linux."""
 _RESERVE = 0.9
 """Share of the free memory a plan may use; the rest is for what no plan sees."""
 

@@ -234,10 +234,10 @@ def linear_int8(
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     x_codes, x_scales, marks = _quantize_activations(flat, threshold)
     extra = None
-    # a plan knows no values: its activations have no outliers
-    seen = threshold > 0 and not isinstance(marks, FakeTensor)
-    outliers = marks.nonzero()[:, 0] if seen else marks[:0]
-    if outliers.numel():
+    # a plan knows no values: its activations have as many outliers as a product takes at once
+    known = not isinstance(marks, FakeTensor)
+    outliers = marks.nonzero()[:, 0] if known else marks[: reference.FEWEST_OUTLIERS].long()
+    if threshold > 0 and outliers.numel():
         x_codes[:, outliers] = 0
         extra = reference.outlier_product(flat, codes, scales, outliers)
     sums = _int8_product(x_codes, codes)
