@@ -145,16 +145,53 @@ def _cpu_name() -> str:
 
 
 def host_memory() -> tuple[int, int]:
-    """``(total, available)`` bytes of host memory; zeros where the system does not say."""
+    """``(total, available)`` bytes of host memory; zeros where the system does not say.
+
+    A container has what its control group leaves it, which the system's own figures do not show.
+    """
     path = Path("/proc/meminfo")
     if path.exists():
         fields = dict(line.split(":", 1) for line in path.read_text().splitlines())
-        values = [int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable")]
-        return values[0], values[1]
+        total, free = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+        for limit, used in group_limits():
+            total, free = min(total, limit), min(free, max(0, limit - used))
+        return total, free
     if sys.platform == "win32":
         return 0, 0
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return total, 0
+
+
+def group_limits(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """``(limit, used)`` bytes of this process's control groups that have a limit, of version 2.
+
+    Pages of files, which can be dropped, do not count as used.
+
+    Args:
+        groups: where the control groups are mounted.
+        own: the file that names those of this process.
+    """
+    found = []
+    try:
+        lines = own.read_text().splitlines()
+        place = next(line[3:].strip("/") for line in lines if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    folder = groups / place
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(groups):
+            break
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            if limit != "max":
+                found.append((int(limit), used - int(stat.get("inactive_file", 0))))
+        except (OSError, ValueError):
+            continue
+    return found
 
 
 def free_memory(device: torch.device) -> int:

@@ -171,6 +171,70 @@ def test_every_refused_allocation_changes_no_gradient(name: str, step: int, bits
     check_every(1, name, step=step, bits=bits)
 
 
+def check_update(stride: int, name: str, *, paged: str) -> None:
+    """Refuses the allocations of a whole step: it ends as ever, or the run ends with one line."""
+
+    def ended(mode: Any) -> tuple[dict[str, Tensor], int]:
+        loop = make_loop(name, optim_bits=8, paged=paged)
+        step = loop._step
+
+        def disturbed(number: int, *rest: Any) -> Any:
+            with mode if number == 2 else nullcontext():
+                return step(number, *rest)
+
+        loop._step = disturbed  # type: ignore[method-assign]
+        for _ in loop.steps():
+            if loop.state.step == 2:
+                break
+        values = dict(loop.objective.model.named_parameters())
+        return {k: p.detach() for k, p in values.items() if p.requires_grad}, loop.state.step
+
+    counting, stopped = Refusing(), 0
+    wanted, _ = ended(counting)
+    last = range(counting.count - 12, counting.count)  # those of the update
+    for number in sorted({*range(0, counting.count, stride), *last}):
+        fault = None
+        try:
+            found, done = ended(Refusing(frozenset([number])))
+        except EnvironmentFault as error:
+            fault = error
+        if fault is not None:
+            stopped += 1
+            assert (fault.exit_code, fault.where) == (4, "step 2")
+            assert "update" in fault.what
+            continue
+        assert done == 2
+        for key, value in found.items():
+            torch.testing.assert_close(value, wanted[key], rtol=1e-3, atol=2e-4)
+    assert stopped < len(last)
+
+
+@pytest.mark.parametrize("paged", ["off", "always"])
+def test_a_whole_step_ends_as_ever_or_with_one_line(paged: str):
+    check_update(211, "llama", paged=paged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("paged", ["off", "auto", "always"])
+def test_so_it_does_wherever_memory_runs_out(name: str, paged: str):
+    check_update(1, name, paged=paged)
+
+
+def test_an_update_that_memory_ends_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    loop, calls = make_loop("llama"), []
+
+    def refused(*_: Any) -> None:
+        calls.append(1)
+        raise RuntimeError(REFUSED)
+
+    monkeypatch.setattr(loop.optimizer, "step", refused)
+    with pytest.raises(EnvironmentFault) as caught:
+        next(loop.steps())
+    assert len(calls) == 1
+    assert "\n" not in caught.value.line()
+    assert loop.state.step == 0
+
+
 def one_row(name: str) -> int:
     """The largest allocation of a step whose rows go through the model one by one."""
     loop, counting = make_loop(name), Refusing()

@@ -241,8 +241,7 @@ class TrainLoop:
         lr = self.config.optim.lr * self._lr_factor(step if self._warming(step) else step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        loss = self._backward(step, batches, supervised)
-        grad_norm = self._clip()
+        loss, grad_norm = self._backward(step, batches, supervised)
         updated = self._update(step, loss, grad_norm, batches)
         seconds = time.perf_counter() - began
         self.state.step = step
@@ -280,14 +279,17 @@ class TrainLoop:
     def _warming(self, step: int) -> bool:
         return step <= round(self.config.optim.warmup_ratio * self.total_steps)
 
-    def _backward(self, step: int, batches: list[Batch], supervised: int) -> float:
-        """Gradients of the mean loss over the step's supervised tokens; returns that mean.
+    def _backward(self, step: int, batches: list[Batch], supervised: int) -> tuple[float, float]:
+        """Clipped gradients of the mean loss over the step's supervised tokens.
 
         Divided by the tokens of the whole step, not of each micro-batch, so that accumulation
         equals one big batch.
+
+        Returns:
+            That mean, and the norm of the gradients before they were clipped.
         """
 
-        def gradients() -> float:
+        def gradients() -> tuple[float, float]:
             self.optimizer.zero_grad(set_to_none=True)
             total = 0.0
             for index, batch in enumerate(batches):
@@ -297,7 +299,7 @@ class TrainLoop:
                         loss_sum = self.objective.loss_sum(part)
                         self.scaler.scale(loss_sum / max(supervised, 1)).backward()
                     total += float(loss_sum.detach())
-            return total / max(supervised, 1)
+            return total / max(supervised, 1), self._clip()
 
         where = f"step {step}" if step else "rehearsal"
         return self._surviving(where, batches, gradients)
@@ -330,6 +332,8 @@ class TrainLoop:
         state = self.state
         state.memory_events += 1
         self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler.is_enabled():
+            self.scaler.update(self.scaler.get_scale())  # forgets that it unscaled gradients
         SCRATCH.release()
         devices.release_memory()
         if self._evicted_at != state.step and (freed := self.optimizer.evict()):
@@ -367,7 +371,7 @@ class TrainLoop:
         # With a scaler an infinite gradient is how it finds its scale, not an accident.
         scaler_skip = self.scaler.is_enabled() and math.isfinite(loss) and not finite
         if finite or scaler_skip:
-            self.scaler.step(self.optimizer)
+            self._apply(step)
             self.scaler.update()
         elif self.scaler.is_enabled():
             self.scaler.update(self.scaler.get_scale() / 2)
@@ -378,6 +382,21 @@ class TrainLoop:
             return True
         self._count_nonfinite(step, loss, scaler_skip)
         return False
+
+    def _apply(self, step: int) -> None:
+        """The update. What memory runs out in is half of one, so nothing is tried again."""
+        try:
+            self.scaler.step(self.optimizer)
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            raise EnvironmentFault(
+                "out-of-memory",
+                where=f"step {step}",
+                what="memory ran out while the update was applied",
+                fix="free memory, or set optim.paged: always; checkpoints are intact: --resume auto"
+                " goes on from the last one",
+            ) from error
 
     def _count_nonfinite(self, step: int, loss: float, scaler_skip: bool) -> None:
         self.state.nonfinite_total += 1

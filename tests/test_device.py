@@ -1,0 +1,36 @@
+"""What a machine is said to have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fourbit import device as devices
+
+
+def group(folder: Path, *, limit: str, current: int, droppable: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{current}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {droppable}\n")
+
+
+def test_a_container_has_what_its_control_groups_leave_it(tmp_path, monkeypatch):
+    groups, own = tmp_path / "groups", tmp_path / "cgroup"
+    own.write_text("12:cpu:/x\n0::/pod/run\n")
+    group(groups / "pod", limit="8000", current=5000, droppable=1000)
+    group(groups / "pod" / "run", limit="max", current=5000, droppable=1000)
+    assert devices.group_limits(groups, own) == [(8000, 4000)]
+    group(groups / "pod" / "run", limit="6000", current=900, droppable=0)
+    assert devices.group_limits(groups, own) == [(6000, 900), (8000, 4000)]
+    monkeypatch.setattr(devices, "group_limits", lambda: [(6000, 900), (8000, 4000)])
+    assert devices.host_memory() == (6000, 4000)
+
+
+def test_without_control_groups_the_system_is_believed(tmp_path):
+    assert devices.group_limits(tmp_path, tmp_path / "none") == []
+    (tmp_path / "old").write_text("4:memory:/docker\n")
+    assert devices.group_limits(tmp_path, tmp_path / "old") == []
+    (tmp_path / "new").write_text("0::/\n")
+    assert devices.group_limits(tmp_path, tmp_path / "new") == []
+    total, available = devices.host_memory()
+    assert 0 < available <= total
