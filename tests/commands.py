@@ -10,6 +10,10 @@ from typing import Any
 
 import yaml
 
+import fourbit as library
+from fourbit.settings import load_settings
+from fourbit.training.config import TrainConfig
+from fourbit.training.progress import Reporter
 from models import write_chats
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
@@ -34,6 +38,14 @@ def fourbit(*arguments: str | Path, **keywords: Any) -> subprocess.CompletedProc
     process = start(*arguments, **keywords)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def train_quietly(folder: Path, model: Path, **changes: Any) -> Path:
+    """Trains the run of `write_config` in this process; returns its directory."""
+    config = write_config(folder, model, **changes)
+    value = load_settings(TrainConfig, path=config).value
+    library.train(value, reporter=Reporter(quiet=True))
+    return folder / "run"
 
 
 def write_config(folder: Path, model: Path, **changes: Any) -> Path:

@@ -1,4 +1,4 @@
-"""Our own Python API, re-exported by `fourbit`: `train`, `verify`, `plan`."""
+"""Python functions behind `fourbit verify` and `fourbit plan`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from fourbit.verification import verify_run
 
 
 def verify(run_dir: str | Path, *, base: bool = True) -> Receipt:
-    """Re-checks a run; ``base`` also loads and hashes the base model.
+    """Re-checks a run's files, and with ``base`` the base model's bytes too.
 
     Raises:
-        InputError: ``run_dir`` holds no finished run.
+        InputError: no finished run there.
     """
     return verify_run(Path(run_dir), base=base)
 
@@ -88,13 +88,12 @@ def plan(
 
 def _starting_at(run: TrainConfig, preset: planning.Preset) -> TrainConfig:
     """What ``run`` does not name is as the preset says."""
-    given = run.model_fields_set
     values: dict[str, Any] = {}
-    if "batch_size" not in given:
+    if "batch_size" not in run.model_fields_set:
         values["batch_size"] = preset.batch_size
     if run.precision == "auto":
         values["precision"] = preset.precision
     if run.method in READ_BY["lora"]:
-        named = run.lora.model_fields_set if "lora" in given else set()
+        named = run.lora.model_fields_set
         values |= {f"lora.{k}": v for k, v in preset.lora.items() if k not in named}
     return replaced(run, values)

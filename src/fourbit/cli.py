@@ -162,16 +162,15 @@ def plan(
     from fourbit.settings import load_settings
     from fourbit.training.config import SHORT_FORMS, TrainConfig
 
-    what, overrides = _split(settings)
-    if what is None and not any(key == "model" for key, _ in overrides):
+    path, overrides = _split(settings)
+    if path is not None and path.suffix not in (".yaml", ".yml"):
+        overrides.append(("model", str(path)))
+        path = None
+    if path is None and not any(key == "model" for key, _ in overrides):
         raise InputError(
             "missing-value", where="plan", what="no model given", fix="fourbit plan MODEL"
         )
-    path = what if what is not None and what.suffix in (".yaml", ".yml") else None
-    if what is not None and path is None:
-        overrides.append(("model", str(what)))
-    resolved = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS)
-    run = resolved.value
+    run = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS).value
     result = make_plan(run.model, config=run, device=device, compare=True)
     lines = result.lines()
     if plot is not None:

@@ -10,16 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 import fourbit
-from commands import write_config
+from commands import train_quietly
 from fourbit import checkpoint
 from fourbit.errors import EnvironmentFault, NumericStop
 from fourbit.files import sha256_of
 from fourbit.objective import Objective
 from fourbit.rundir import RunDir
-from fourbit.settings import load_settings
-from fourbit.training.config import TrainConfig
 from fourbit.training.loop import TrainLoop
-from fourbit.training.progress import Reporter
 
 
 @pytest.fixture
@@ -27,10 +24,7 @@ def train(tmp_path, model_folder):
     """Trains a tiny run in this process; returns its directory."""
 
     def run(name="run", **changes):
-        config = write_config(tmp_path / name, model_folder("llama"), **changes)
-        value = load_settings(TrainConfig, path=config).value
-        fourbit.train(value, reporter=Reporter(quiet=True))
-        return tmp_path / name / "run"
+        return train_quietly(tmp_path / name, model_folder("llama"), **changes)
 
     return run
 

@@ -7,16 +7,12 @@ import json
 import pytest
 import yaml
 
-import fourbit
-from commands import write_config
+from commands import train_quietly
 from fourbit import device as devices
 from fourbit.errors import EnvironmentFault, InputError
 from fourbit.files import sha256_of
 from fourbit.optim import AdamW
-from fourbit.settings import load_settings
-from fourbit.training.config import TrainConfig
 from fourbit.training.loop import TrainLoop
-from fourbit.training.progress import Reporter
 
 WIDE = {"batch_size": 4, "grad_accum": 1, "max_steps": 3, "save_every": 1, "epochs": 30}
 
@@ -28,12 +24,7 @@ def train(tmp_path, model_folder, monkeypatch):
     monkeypatch.setattr("fourbit.planning.plan._RUNTIME", 0)
 
     def run(name="run", **changes):
-        path = write_config(tmp_path / name, model_folder("llama"), **changes)
-        if "resume" in changes:
-            path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **changes}))
-        value = load_settings(TrainConfig, path=path).value
-        fourbit.train(value, reporter=Reporter(quiet=True))
-        return tmp_path / name / "run"
+        return train_quietly(tmp_path / name, model_folder("llama"), **changes)
 
     return run
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from fourbit.methods import READ_BY
 from fourbit.planning.plan import Plan, Planner, Room
 from fourbit.planning.shape import TrainingShape
 
@@ -101,7 +102,7 @@ class _Search:
             self._note(f"sequences of {length}", data__max_length=length)
 
     def lower_rank(self) -> None:
-        has_rank = self._shape.method in ("qlora", "lora")
+        has_rank = self._shape.method in READ_BY["lora"]
         while not self.plan.fits and has_rank and self._shape.lora.r > _LOWEST_RANK:
             rank = max(_LOWEST_RANK, self._shape.lora.r // 2)
             lora = self._shape.lora.model_copy(update={"r": rank})
@@ -109,11 +110,9 @@ class _Search:
             self._note(f"rank {rank}", lora__r=rank)
 
     def result(self) -> Plan:
-        if self.plan.fits is False:
-            last = f"nothing fits; the least is {self.plan.peak_bytes / 1e6:,.0f} MB"
-        elif self._settings:
-            last = "take " + " ".join(f"--{key} {value}" for key, value in self._settings.items())
-        else:
-            last = "everything fits as asked"
+        plan = replace(self.plan, recommended=self._settings)
+        last = f"take {plan.flags}" if self._settings else "everything fits as asked"
+        if plan.fits is False:
+            last = f"nothing fits; the least is {plan.peak_bytes / 1e6:,.0f} MB"
         lines = tuple(f"budget: {reason}" for reason in (*self._reasons, last))
-        return replace(self.plan, recommended=self._settings, reasons=lines)
+        return replace(plan, reasons=lines)

@@ -7,7 +7,6 @@ runs, so what they allocate and what is planned cannot drift apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -34,6 +33,8 @@ _HOLES = {True: 0.02, False: 0.06}
 _RUNTIME = 70 << 20
 """Pages of the libraries, and small objects, that only a plan and a training touch; measured on
 Linux."""
+_CONTEXT = 500 << 20
+"""What a graphics card's driver and libraries take before a model is there; an estimate."""
 _RESERVE = 0.9
 """Share of the free memory a plan may use; the rest is for what no plan sees."""
 
@@ -86,6 +87,11 @@ class Plan:
         if not self.available_bytes:
             return None
         return self.peak_bytes <= self.available_bytes
+
+    @property
+    def flags(self) -> str:
+        """What is recommended, as the command line takes it."""
+        return " ".join(f"--{key} {value}" for key, value in self.recommended.items())
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json`` and the report."""
@@ -180,7 +186,7 @@ class Room:
             budget: bytes that the process may take; None takes the card's.
         """
         size = int(preset.memory * _RESERVE) if budget is None else budget
-        return cls(size, preset.baseline)
+        return cls(size, _CONTEXT)
 
 
 def plan_training(config: PretrainedConfig, shape: TrainingShape, room: Room) -> Plan:
@@ -224,30 +230,29 @@ class Planner:
 
     def plan(self, room: Room) -> Plan:
         """The plan that keeps most activations and pages of all that fit."""
-        shape = self.shape
-        paged = shape.optim.paged == "always"
-
-        def at(recompute: int, paged: bool) -> Plan:
-            return self._plan(recompute, paged, room)
-
-        layers = self._steps.layers
-        if shape.recompute is not None:
-            plan = at(min(shape.recompute, layers), paged)
+        paged = self.shape.optim.paged
+        if self.shape.recompute is None:
+            plan = self._least_recomputed(paged == "always", room)
         else:
-            plan = self._least_recomputed(room, lambda recompute: at(recompute, paged))
-        if shape.optim.paged == "auto" and plan.fits is False:
-            plan = at(plan.recomputed_layers, True)
+            plan = self._plan(self._most_recomputed(), paged == "always", room)
+        if paged == "auto" and plan.fits is False:
+            plan = self._plan(plan.recomputed_layers, True, room)
         return plan
 
     def least(self, room: Room) -> Plan:
         """The plan that gives up all that is left to it."""
-        shape = self.shape
-        layers = self._steps.layers
-        recompute = layers if shape.recompute is None else min(shape.recompute, layers)
-        return self._plan(recompute, shape.optim.paged != "off", room)
+        return self._plan(self._most_recomputed(), self.shape.optim.paged != "off", room)
 
-    def _least_recomputed(self, room: Room, at: Callable[[int], Plan]) -> Plan:
+    def _most_recomputed(self) -> int:
+        layers, wished = self._steps.layers, self.shape.recompute
+        return layers if wished is None else min(wished, layers)
+
+    def _least_recomputed(self, paged: bool, room: Room) -> Plan:
         """The plan with as few recomputed layers as fit; all of them where none does."""
+
+        def at(recompute: int) -> Plan:
+            return self._plan(recompute, paged, room)
+
         layers = self._steps.layers
         hopeless = room.available and room.baseline + self._weights > room.available
         plan = at(layers if hopeless else 0)

@@ -10,7 +10,6 @@ from fourbit.errors import InputError, nearest
 
 _ATTENTION = r".*\.(self_)?att(n|ention)\.\w*(proj|c_attn|dense|query_key_value)"
 _ATTENTION_MLP = r".*\.(self_)?(att(n|ention)|mlp)\.\w*(proj|c_\w+|dense\w*|query_key_value|fc\w*)"
-_CONTEXT = 500 << 20
 
 
 @dataclass(frozen=True)
@@ -30,11 +29,6 @@ class Preset:
     precision: Precision
     batch_size: int
     lora: dict[str, Any]
-
-    @property
-    def baseline(self) -> int:
-        """Bytes that the driver and its libraries take before a model is there; an estimate."""
-        return _CONTEXT
 
 
 def _preset(

@@ -153,10 +153,11 @@ class TrainConfig(Settings):
     @field_validator("budget")
     @classmethod
     def _is_a_size(cls, value: str | None) -> str | None:
-        try:
-            _ = value is None or parse_size(value, where="budget")
-        except InputError as error:
-            raise ValueError(f"{error.what}; {error.fix}") from None
+        if value is not None:
+            try:
+                parse_size(value, where="budget")
+            except InputError as error:
+                raise ValueError(f"{error.what}; {error.fix}") from None
         return value
 
     @field_validator("parallel")

@@ -161,10 +161,9 @@ def _out_of_memory(error: BaseException, where: str) -> EnvironmentFault:
 
 def _does_not_fit(plan: planning.Plan, budget: str | None, how: str) -> EnvironmentFault:
     """``plan`` is of the nearest settings, or of the least where nothing fits."""
-    settings = " ".join(f"--{key} {value}" for key, value in plan.recommended.items())
-    fix = f"take {settings}"
+    fix = f"take {plan.flags}"
     if not plan.fits:
-        least = f"{plan.peak_bytes / 1e6:,.0f} MB, with {settings}"
+        least = f"{plan.peak_bytes / 1e6:,.0f} MB, with {plan.flags}"
         fix = f"take a larger budget or a smaller model; the least is {least}"
     return EnvironmentFault(
         "does-not-fit",
