@@ -30,7 +30,7 @@ from torch import nn
 
 import fourbit
 from fourbit.data import DataConfig, read_rows
-from fourbit.evaluate import ExactMatch, score_examples
+from fourbit.evaluation import ExactMatch, score_examples
 from fourbit.generate import Generator, Sampling, open_generator
 from fourbit.linear import Linear4bit
 from fourbit.loading import LoadOptions, load_model

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from fourbit import device as devices
 
 
@@ -34,3 +39,23 @@ def test_without_control_groups_the_system_is_believed(tmp_path):
     assert devices.group_limits(tmp_path, tmp_path / "new") == []
     total, available = devices.host_memory()
     assert 0 < available <= total
+
+
+def test_paging_out_gives_memory_back_and_keeps_the_values(tmp_path):
+    if devices.resident_memory() is None:
+        pytest.skip("no /proc")
+    path = tmp_path / "tensor.safetensors"
+    wanted = torch.arange(1 << 22, dtype=torch.int64)
+    save_file({"a": wanted}, path)
+    with safe_open(path, "pt") as file:
+        mapped = file.get_tensor("a")
+    total = int(mapped.sum())
+    before = devices.resident_memory()
+    devices.page_out(mapped)
+    assert before - devices.resident_memory() > 0.8 * mapped.nbytes
+    assert int(mapped.sum()) == total
+    written = wanted.clone()
+    devices.page_out(written)
+    assert torch.equal(written, wanted)
+    devices.page_out(torch.zeros(0))
+    devices.page_out(torch.zeros(3))

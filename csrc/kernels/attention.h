@@ -2,7 +2,9 @@
 //
 // Query t of batch b sees the keys first[b, t] ... t (first = null: 0 ... t), which covers causal
 // masks, packed documents, sliding windows and left padding; first > t: nothing, and the output is
-// 0. Blocks in which nothing is visible cost nothing. Scores, statistics and sums are float32; with
+// 0. Forward also takes shared[b, t] (null: 0): query t sees the keys 0 ... shared - 1 besides, so
+// that several continuations of one text may lie in one row. Blocks in which nothing is visible cost
+// nothing. Scores, statistics and sums are float32; with
 // bf16 instructions the weights and their gradients are rounded to bf16 for the second product.
 //
 // Tensors are told by `layout` (int64): batch, length, heads, kv heads, width of q and k, width of
@@ -60,28 +62,38 @@ struct Curve {
   }
 };
 
-// Which keys the queries of one batch entry see.
+// Which keys the queries of one batch entry see: a range that ends at themselves, and perhaps the
+// beginning of the row.
 struct Visible {
   const int32_t* first;
   int64_t length;
+  const int32_t* shared = nullptr;
 
   int64_t from(int64_t t) const {
     return first == nullptr ? 0 : std::max<int64_t>(first[t], 0);
+  }
+  int64_t upto(int64_t t) const {
+    return shared == nullptr ? 0 : std::min<int64_t>(shared[t], length);
   }
 };
 
 // What a few neighbouring queries see together.
 struct Span {
   int64_t lowest, latest, begin, end;  // keys [lowest, end); all see those from `latest` on
+  int64_t own, most, least;  // keys [most, own) are seen by none, those before `least` by all
 
   Span(const Visible& visible, int64_t start, int64_t count) : begin(start) {
     end = std::min(start + count, visible.length);
-    lowest = end, latest = 0;
+    own = end, latest = 0, most = 0, least = start < end ? visible.length : 0;
     for (int64_t t = start; t < end; ++t) {
-      int64_t from = visible.from(t);
+      int64_t from = visible.from(t), upto = visible.upto(t);
       latest = std::max(latest, from);
-      if (from <= t) lowest = std::min(lowest, from);
+      if (from <= t) own = std::min(own, from);
+      most = std::max(most, upto);
+      least = std::min(least, upto);
     }
+    lowest = most > 0 ? 0 : own;
+    end = std::max(end, most);
   }
 
   // Vectors of the block of keys from `key` on that must be computed: [low, high).
@@ -92,7 +104,10 @@ struct Span {
     *high = static_cast<int>(std::max<int64_t>(to, *low));
   }
 
-  bool all_see(int64_t key, int64_t stop) const { return latest <= key && stop <= begin + 1; }
+  bool all_see(int64_t key, int64_t stop) const {
+    return (latest <= key && stop <= begin + 1) || stop <= least;
+  }
+  bool none_see(int64_t key, int64_t stop) const { return most <= key && stop <= own; }
 };
 
 FB_INLINE vi count_up(int64_t from) {
@@ -105,7 +120,8 @@ FB_INLINE vi count_up(int64_t from) {
 FB_INLINE vf hidden(vf score, const Visible& visible, int64_t t, int64_t key) {
   vi keys = count_up(key);
   int32_t from = static_cast<int32_t>(t < visible.length ? visible.from(t) : 0);
-  vi seen = (keys >= splat(from)) & (keys <= splat(static_cast<int32_t>(t)));
+  int32_t upto = static_cast<int32_t>(t < visible.length ? visible.upto(t) : 0);
+  vi seen = ((keys >= splat(from)) & (keys <= splat(static_cast<int32_t>(t)))) | (keys < splat(upto));
   return choose(seen, score, splat(-INFINITY));
 }
 
@@ -169,7 +185,7 @@ class Forward {
                               int64_t row, int64_t key) {
     int low, high;
     span.vectors(key, &low, &high);
-    if (low >= high) return;
+    if (low >= high || span.none_see(key, key + kBlock)) return;
     const float* keys = keys_ + key * depth_ + low * kLanes;
     product<P, Into::kStore>({queries_ + row * depth_, depth_, 1}, {keys, kBlock}, depth_,
                              high - low, scores_ + low * kLanes, kBlock);
@@ -245,8 +261,9 @@ class Forward {
 };
 
 template <bool P, bool Capped, class T>
-static void forward(const T* q, const T* k, const T* v, const int32_t* first, T* o, float* lse,
-                    const int64_t* layout, Curve curve, int threads, float* scratch) {
+static void forward(const T* q, const T* k, const T* v, const int32_t* first,
+                    const int32_t* shared, T* o, float* lse, const int64_t* layout, Curve curve,
+                    int threads, float* scratch) {
   const Shape shape(layout);
   const Heads<const T> qs(q, layout, 0), ks(k, layout, 1), vs(v, layout, 2);
   const Heads<T> os(o, layout, 3);
@@ -265,7 +282,9 @@ static void forward(const T* q, const T* k, const T* v, const int32_t* first, T*
       packed = source;
       // long and short rows by turns: half of a head's blocks is half of its work
       const int64_t turn = unit % parts, part = turn % 2 ? turn / 2 : parts - 1 - turn / 2;
-      const Visible visible{first == nullptr ? nullptr : first + b * shape.length, shape.length};
+      const int64_t row = b * shape.length;
+      const Visible visible{first == nullptr ? nullptr : first + row, shape.length,
+                            shared == nullptr ? nullptr : shared + row};
       worker.template run<Capped>(qs, os, lse, visible, curve, b, h, part * kQueries);
     }
   });

@@ -315,16 +315,16 @@ static void attention_scratch(const int64_t* layout, int64_t* floats, int backwa
   });
 }
 
-// first int32 [batch, length] or null; lse float32 [batch, heads, length]; softcap 0: none;
-// scratch on a cache line.
+// first and shared int32 [batch, length] or null; lse float32 [batch, heads, length]; softcap 0:
+// none; scratch on a cache line.
 static void attention_forward(const void* q, const void* k, const void* v, const int32_t* first,
-                              void* o, float* lse, const int64_t* layout, void* scratch,
-                              float scale, float softcap, int dtype, int threads) {
+                              const int32_t* shared, void* o, float* lse, const int64_t* layout,
+                              void* scratch, float scale, float softcap, int dtype, int threads) {
   attend::choose_kernel(dtype, softcap, [&](auto zero, auto pairs, auto capped) {
     using T = decltype(zero);
     attend::forward<decltype(pairs)::value, decltype(capped)::value>(
         static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v), first,
-        static_cast<T*>(o), lse, layout, attend::Curve{scale, softcap}, threads,
+        shared, static_cast<T*>(o), lse, layout, attend::Curve{scale, softcap}, threads,
         static_cast<float*>(scratch));
   });
 }

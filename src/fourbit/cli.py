@@ -321,6 +321,90 @@ def chat(model: str, **options: Any) -> None:
 
 
 @cli.command(
+    "eval",
+    cls=_Lines,
+    examples="""
+    fourbit eval smollm2 --tasks perplexity=book.txt,hellaswag=val.jsonl.gz
+    fourbit eval smollm2 --adapter runs/orders --tasks exact_match=test.jsonl
+    fourbit eval org/model --tasks mmlu=test.jsonl --shots 5 --shots-from dev.jsonl --json
+    fourbit eval org/model --tasks arc_easy,winogrande
+    """,
+)
+@click.argument("model")
+@click.option("--tasks", multiple=True, required=True, metavar="NAME=FILE",
+              help="What to measure, on which rows.")  # fmt: skip
+@click.option("--adapter", type=click.Path(path_type=Path), help="Run or adapter directory.")
+@click.option(
+    "--quant",
+    type=click.Choice(["nf4", "fp4", "int4", "int8", "none"]),
+    default="nf4",
+    show_default=True,
+    help="How the base is held.",
+)
+@click.option("--blocksize", type=int, default=None, help="Weights that share a scale. [64]")
+@click.option("--no-double-quant", is_flag=True, help="Keep the scales in float32.")
+@click.option("--precision", type=click.Choice(["auto", "bf16", "fp16", "fp32"]), default="auto",
+              show_default=True, help="Of the arithmetic.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), default=None, help="Rows of each task.")
+@click.option(
+    "--shots", type=click.IntRange(0), default=0, help="Solved rows before each question."
+)
+@click.option("--shots-from", type=click.Path(path_type=Path), help="File of the solved rows.")
+@click.option("--batch-size", type=click.IntRange(1), default=None,
+              help="Rows of a forward pass; by their length if not given.")  # fmt: skip
+@click.option(
+    "--window", type=click.IntRange(2), default=None, help="Tokens of a perplexity window."
+)
+@click.option(
+    "--stride", type=click.IntRange(1), default=None, help="Tokens between windows. [window]"
+)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True,
+              help="Of a generated answer.")  # fmt: skip
+@click.option("--prompt", default=None, help="Template over columns for questions, as data.prompt.")
+@click.option("--completion", default=None, help="Template for answers, as data.completion.")
+@click.option("--chat-template", default=None, help="Built-in name or .jinja file.")
+@click.option("--include", type=click.Path(path_type=Path), help="Folder of lm-eval task files.")
+@click.option("--items", type=click.Path(path_type=Path), help="Folder for what each item gave.")
+@_JSON
+def evaluate(model: str, tasks: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Measures a model: perplexity, multiple choice, MMLU, LAMBADA, exact match, F1.
+
+    Tasks: hellaswag, arc_easy, arc_challenge, openbookqa, commonsense_qa, piqa, multiple_choice,
+    mmlu, perplexity, lambada, exact_match, f1, each with a file; any task of lm-eval without one.
+    """
+    from fourbit.data import DataConfig
+    from fourbit.device import DTYPES
+    from fourbit.evaluation.options import EvalOptions
+    from fourbit.evaluation.run import evaluate as run_evaluation
+    from fourbit.evaluation.run import split_tasks
+    from fourbit.quantizing.options import quant_config
+    from fourbit.settings import load_settings
+    from fourbit.training.progress import Reporter
+
+    items, kind, precision = (options.pop(name) for name in ("items", "quant", "precision"))
+    single, blocksize = options.pop("no_double_quant"), options.pop("blocksize")
+    templates = [(k, options.pop(k)) for k in ("prompt", "completion")]
+    typed = [(name, text) for name, text in templates if text is not None]
+    data = load_settings(DataConfig, path=None, overrides=typed)
+    chosen = EvalOptions(
+        quant=None
+        if kind == "none"
+        else quant_config(
+            quant_type=kind,
+            blocksize=blocksize,
+            double_quant=False if single else None,
+        ),
+        dtype=DTYPES.get(precision),
+        data=data.value,
+        **options,
+    )
+    result = run_evaluation(model, split_tasks(tasks), options=chosen, reporter=Reporter())
+    if items is not None:
+        result.write_items(items)
+    _show(as_json, result.as_dict(), result.lines())
+
+
+@cli.command(
     cls=_Lines,
     examples="""
     fourbit merge runs/orders -o merged
@@ -399,6 +483,7 @@ def export(
     examples="""
     fourbit quantize ./my-model -o my-model-4bit
     fourbit quantize org/model -o model-int8 --quant int8 --skip score --json
+    fourbit quantize ./my-model -o my-model-4bit --calibrate orders.jsonl
     """,
 )
 @click.argument("model")
@@ -422,6 +507,14 @@ def export(
 @click.option("--allow-unquantized", is_flag=True, help="Accept much that stays in 16 bits.")
 @click.option("--overwrite", is_flag=True, help="Replace a model in the output folder.")
 @click.option("--revision", default=None, help="Branch, tag or commit of a hub model.")
+@click.option("--calibrate", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text, or rows as for training, to choose scales and codes for.")  # fmt: skip
+@click.option("--calibrate-check", type=click.Path(path_type=Path), metavar="FILE",
+              help="Other text, to see that calibration holds there too.")  # fmt: skip
+@click.option("--calibrate-tokens", type=click.IntRange(1024), default=131072, show_default=True,
+              help="How much of the text is used.")  # fmt: skip
+@click.option("--damping", type=click.FloatRange(0, 10), default=0.01, show_default=True,
+              help="More follows the calibration text less.")  # fmt: skip
 @_JSON
 def quantize(  # noqa: PLR0913  # one parameter for each option
     model: str,
@@ -436,6 +529,7 @@ def quantize(  # noqa: PLR0913  # one parameter for each option
     overwrite: bool,
     revision: str | None,
     as_json: bool,
+    **calibration: Any,
 ) -> None:
     """Writes a quantized copy of MODEL, one tensor in memory at a time."""
     from fourbit.quantizing import QuantizeOptions, quantize_checkpoint
@@ -454,9 +548,20 @@ def quantize(  # noqa: PLR0913  # one parameter for each option
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         revision=revision,
+        calibrate=_calibration(**calibration),
     )
     result = quantize_checkpoint(model, output, options=options, reporter=Reporter())
     _show(as_json, result.as_dict(), result.lines())
+
+
+def _calibration(
+    calibrate: Path | None, calibrate_check: Path | None, calibrate_tokens: int, damping: float
+) -> Any:
+    from fourbit.quantizing.calibrate import Calibration
+
+    if calibrate is None:
+        return None
+    return Calibration(calibrate, calibrate_tokens, damping=damping, check=calibrate_check)
 
 
 @cli.command(

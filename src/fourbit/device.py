@@ -316,6 +316,21 @@ def drop_file_pages(tensor: torch.Tensor, *, whole: bool = False) -> None:
         advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
+def page_out(tensor: torch.Tensor) -> None:
+    """Asks the system to take back the memory of ``tensor``, whose values stay what they are.
+
+    Of a mapped file nothing is lost: what is used again is read again. Unlike `drop_file_pages`
+    this is safe for memory that may have been written; where the system refuses, nothing happens.
+    """
+    advise = _from_glibc("madvise")
+    if advise is None or tensor.device.type != "cpu":
+        return
+    begin, page = tensor.data_ptr(), mmap.PAGESIZE
+    first, last = -(-begin // page) * page, (begin + tensor.nbytes) // page * page
+    if first < last:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_PAGEOUT)
+
+
 def _mapped_file(address: int) -> tuple[int, int]:
     """Where the mapping of a file begins and ends in which ``address`` lies; zeros if in none."""
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -326,7 +341,7 @@ def _mapped_file(address: int) -> tuple[int, int]:
     return 0, 0
 
 
-_MADV_DONTNEED = 4
+_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21
 """Of Linux' mman.h."""
 
 

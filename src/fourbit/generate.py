@@ -400,6 +400,7 @@ def open_generator(
     adapter: Path | None = None,
     quant: QuantConfig | None,
     chat_template: str | None = None,
+    dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Generator:
     """Loads a model, and an adapter on it, for generation.
@@ -409,6 +410,7 @@ def open_generator(
         adapter: a PEFT folder or a run directory.
         quant: 4-bit storage of the base; None for plain weights.
         chat_template: built-in name or file instead of the tokenizer's template.
+        dtype: of activations and unquantized weights; None chooses by hardware.
         trust_remote_code: run the model repository's own code.
 
     Raises:
@@ -416,7 +418,7 @@ def open_generator(
     """
     folder = None if adapter is None else find_adapter(adapter)
     source = resolve_source(model)
-    options = LoadOptions(quant=quant, trust_remote_code=trust_remote_code)
+    options = LoadOptions(quant=quant, dtype=dtype, trust_remote_code=trust_remote_code)
     loaded: nn.Module = load_model(source, options)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     if folder is not None:

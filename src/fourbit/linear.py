@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fourbit import ops
+from fourbit.calibrated import quantize_4bit_for, quantize_int8_for
 from fourbit.codebook import NESTED_BLOCKSIZE, QuantType
-from fourbit.quantize import QuantConfig, quantize_4bit, quantize_int8
+from fourbit.quantize import QuantConfig, QuantState, quantize_4bit, quantize_int8
 
 
 class QuantizedLinear(nn.Linear):
@@ -121,6 +122,12 @@ class QuantizedLinear(nn.Linear):
         """The parameters that represent ``weight`` ``[out, in]`` in this layer's format."""
 
     @abstractmethod
+    def quantized_for(
+        self, weight: Tensor, moments: Tensor, *, damping: float, name: str
+    ) -> dict[str, Tensor]:
+        """The same for inputs with these second moments ``[in, in]``: see `fourbit.calibrated`."""
+
+    @abstractmethod
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight ``[out, in]`` in ``dtype`` (default: what it was before)."""
 
@@ -183,6 +190,24 @@ class Linear4bit(QuantizedLinear):
             double_quant=self.double_quant,
             name=name,
         )
+        return self._tensors(packed, state)
+
+    def quantized_for(
+        self, weight: Tensor, moments: Tensor, *, damping: float, name: str
+    ) -> dict[str, Tensor]:
+        """The same for inputs with these second moments ``[in, in]``: see `fourbit.calibrated`."""
+        packed, state = quantize_4bit_for(
+            weight,
+            moments,
+            quant_type=self.quant_type,
+            blocksize=self.blocksize,
+            double_quant=self.double_quant,
+            damping=damping,
+            name=name,
+        )
+        return self._tensors(packed, state)
+
+    def _tensors(self, packed: Tensor, state: QuantState) -> dict[str, Tensor]:
         tensors = {"weight": packed.view(self.packed_shape), "weight_absmax": state.absmax}
         if state.nested_absmax is not None and state.nested_offset is not None:
             tensors["weight_nested_absmax"] = state.nested_absmax
@@ -270,6 +295,13 @@ class Linear8bit(QuantizedLinear):
         if self.has_fp16_weight:
             return {"weight": weight}
         codes, absmax = quantize_int8(weight, name=name)
+        return as_bits({"weight": codes, "weight_absmax": absmax})
+
+    def quantized_for(
+        self, weight: Tensor, moments: Tensor, *, damping: float, name: str
+    ) -> dict[str, Tensor]:
+        """The same for inputs with these second moments ``[in, in]``: see `fourbit.calibrated`."""
+        codes, absmax = quantize_int8_for(weight, moments, damping=damping, name=name)
         return as_bits({"weight": codes, "weight_absmax": absmax})
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

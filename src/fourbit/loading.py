@@ -190,6 +190,7 @@ class LoadOptions:
         device: None takes an accelerator when there is one.
         attn_implementation: transformers' name (sdpa, eager, ...); None lets it choose.
         trust_remote_code: run the model repository's own Python code.
+        skip: modules left plain, all of them named; None: the output head.
     """
 
     quant: QuantConfig | None = None
@@ -197,6 +198,7 @@ class LoadOptions:
     device: torch.device | None = None
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    skip: list[str] | None = None
 
 
 def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
@@ -226,11 +228,7 @@ def load_model(source: ModelSource, options: LoadOptions) -> PreTrainedModel:
     if options.attn_implementation is not None:
         keywords["attn_implementation"] = options.attn_implementation
     if quant is not None:
-        keywords["quantization_config"] = FourbitConfig.from_quant(
-            quant, compute_dtype=_compute_dtype(quant)
-        )
-        # below, when the parts that stay floating have the run's dtype
-        keywords["quantization_config"].fused_layers = False
+        keywords["quantization_config"] = _quantization(quant, options.skip)
     where: str | None = str(source.path)
     if source.kind == "gguf":
         where, keywords["state_dict"] = None, gguf_files.lazy_state_dict(source.path, config)
@@ -304,6 +302,15 @@ def _cast_unquantized(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if parameter.is_floating_point() and not any(part in name.split(".") for part in keep):
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
+
+
+def _quantization(quant: QuantConfig, skip: list[str] | None) -> FourbitConfig:
+    config = FourbitConfig.from_quant(quant, compute_dtype=_compute_dtype(quant))
+    if skip is not None:
+        config.modules_to_not_convert = list(skip)
+    # later, when the parts that stay floating have the run's dtype
+    config.fused_layers = False
+    return config
 
 
 def _compute_dtype(quant: QuantConfig) -> torch.dtype | None:

@@ -165,6 +165,43 @@ def linear_cross_entropy(
     return _ChunkedCrossEntropy.apply(flat_hidden, weight, bias, flat_labels, how)
 
 
+@torch.no_grad()
+def token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    transform: LogitTransform | None = None,
+) -> tuple[Tensor, Tensor]:
+    """What each label costs, and whether it is the likeliest token; no gradients.
+
+    Args:
+        hidden: ``[N, H]``, the head's input.
+        weight: ``[V, H]``, the head.
+        labels: ``[N]`` int64, none of them -100.
+        bias: ``[V]``.
+        transform: softcap and scale of the logits.
+
+    Returns:
+        Losses in nats, float32 ``[N]``, and bool ``[N]``.
+    """
+    how = transform or LogitTransform()
+    losses = torch.empty(labels.shape[0], dtype=torch.float32, device=hidden.device)
+    likeliest = torch.empty(labels.shape[0], dtype=torch.bool, device=hidden.device)
+    head = weight.to(hidden.dtype).t()
+    for positions, chunk, logits in _chunks(hidden, labels, weight.shape[0]):
+        if bias is None:
+            torch.mm(chunk, head, out=logits)
+        else:
+            torch.addmm(bias.to(hidden.dtype), chunk, head, out=logits)
+        likeliest[positions] = logits.argmax(-1) == labels[positions]
+        losses[positions] = cross_entropy_rows_(
+            logits, labels[positions], scale=how.scale, softcap=how.softcap, gradient=False
+        )
+    return losses, likeliest
+
+
 def logits_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The same sum from materialised logits ``[..., V]``, for heads that are no plain linear."""
     flat = labels.reshape(-1)

@@ -24,6 +24,7 @@ from fourbit.loss import (
     linear_cross_entropy,
     logits_cross_entropy,
     shift_labels,
+    token_losses,
 )
 from fourbit.methods import Method, quantized_base
 
@@ -93,7 +94,8 @@ class Objective:
         """Leading positions of every output that belong to the prompt."""
         return 0 if self._wrapper is None else prompt_length(self._wrapper)
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+    def inputs_of(self, batch: Batch) -> dict[str, Tensor]:
+        """What the model is given for a batch."""
         ids = batch.input_ids.to(self.device)
         if self._wrapper is not None:
             # One document a row, padded at its end: nothing that counts sees the padding.
@@ -125,16 +127,17 @@ class Objective:
 
     def hidden(self, batch: Batch) -> Tensor:
         """``[B, T, H]``: what the head is given, at the positions of the text."""
-        return self._hidden(self._inputs(batch))
+        return self.hidden_of(self.inputs_of(batch))
 
-    def _hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
+    def hidden_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The same of what the model is given."""
         backbone = self.base.base_model
         with self.autocast():
             return backbone(**inputs, use_cache=False)[0][:, self._skipped :]
 
     def logits(self, batch: Batch) -> Tensor:
         """``[B, T, V]``, materialised."""
-        return self._logits(self._inputs(batch))
+        return self._logits(self.inputs_of(batch))
 
     def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with self.autocast():
@@ -142,19 +145,46 @@ class Objective:
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of token losses over the supervised positions, float32 scalar."""
-        return self.loss_of(self._inputs(batch), shift_labels(batch.labels).to(self.device))
+        return self.loss_of(self.inputs_of(batch), shift_labels(batch.labels).to(self.device))
 
     def loss_of(self, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         """The same of what the model is given and of labels that are aligned already."""
-        module = self.base.get_output_embeddings() if self.chunked else None
-        head = None if module is None else head_weight(module)
+        head = self._head()
         if head is None:
             return logits_cross_entropy(self._logits(inputs), labels)
         weight, bias = head
-        hidden = self._hidden(inputs)
-        if self.autocast_dtype is not None:
-            hidden = hidden.to(self.autocast_dtype)
+        hidden = self._narrowed(self.hidden_of(inputs))
         return linear_cross_entropy(hidden, weight, labels, bias=bias, transform=self._transform)
+
+    @torch.no_grad()
+    def token_losses(
+        self, inputs: Mapping[str, Tensor], positions: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What single tokens cost, from one forward pass.
+
+        Args:
+            inputs: what the model is given.
+            positions: int64 ``[N]``, of the rows laid end to end: which outputs predict.
+            labels: int64 ``[N]``, what each of them is asked for.
+
+        Returns:
+            Losses in nats, float32 ``[N]``, and whether each label is the likeliest token.
+        """
+        head = self._head()
+        if head is None:
+            logits = self._logits(inputs).flatten(0, 1)[positions].float()
+            losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+            return losses, logits.argmax(-1) == labels
+        weight, bias = head
+        hidden = self._narrowed(self.hidden_of(inputs)).flatten(0, 1)[positions]
+        return token_losses(hidden, weight, labels, bias=bias, transform=self._transform)
+
+    def _head(self) -> tuple[Tensor, Tensor | None] | None:
+        module = self.base.get_output_embeddings() if self.chunked else None
+        return None if module is None else head_weight(module)
+
+    def _narrowed(self, hidden: Tensor) -> Tensor:
+        return hidden if self.autocast_dtype is None else hidden.to(self.autocast_dtype)
 
     @torch.no_grad()
     def choose_head(self, batch: Batch) -> bool:

@@ -192,19 +192,15 @@ def test_ranges_of_padding_and_windows():
     made = create_causal_mask(
         config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
     )
-    known, first = visible_ranges(made)
-    assert known
-    assert first.tolist() == [[6, 6, 2, 2, 2, 2]]
+    assert visible_ranges(made).first.tolist() == [[6, 6, 2, 2, 2, 2]]
     made = create_sliding_window_causal_mask(
         config=config, inputs_embeds=x, attention_mask=None, past_key_values=None
     )
-    known, first = visible_ranges(made)
-    assert known
-    assert first.tolist() == [[0, 0, 0, 1, 2, 3]]
-    assert visible_ranges(made & made) == (False, None), "a changed mask has no ranges"
+    assert visible_ranges(made).first.tolist() == [[0, 0, 0, 1, 2, 3]]
+    assert visible_ranges(made & made) is None, "a changed mask has no ranges"
     made[0, 0, 3, 3] = False
-    assert not visible_ranges(made)[0]
-    assert visible_ranges(None) == (True, None)
+    assert visible_ranges(made) is None
+    assert visible_ranges(None) == (None, None)
 
 
 def test_sinks_are_refused_in_one_line():

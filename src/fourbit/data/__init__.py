@@ -12,6 +12,7 @@ from fourbit.data.files import Limits as Limits
 from fourbit.data.formats import Example as Example
 from fourbit.data.formats import Prompt as Prompt
 from fourbit.data.formats import prompt_of as prompt_of
+from fourbit.data.formats import to_examples as to_examples
 from fourbit.data.packing import Batch as Batch
 from fourbit.data.packing import BatchPlan as BatchPlan
 from fourbit.data.packing import collate as collate
@@ -20,8 +21,12 @@ from fourbit.data.packing import pack as pack
 from fourbit.data.prepare import PreparedData as PreparedData
 from fourbit.data.prepare import prepare as prepare
 from fourbit.data.prepare import split as split
+from fourbit.data.readers import is_text_file as is_text_file
+from fourbit.data.rows import BadLines as BadLines
 from fourbit.data.rows import Origin as Origin
+from fourbit.data.rows import Row as Row
 from fourbit.data.source import Rows as Rows
+from fourbit.data.source import read_plain_rows as read_plain_rows
 from fourbit.data.source import read_rows as read_rows
 from fourbit.data.templates import ChatTemplate as ChatTemplate
 from fourbit.data.templates import render as render

@@ -48,8 +48,7 @@ def read_file(path: str, bad: BadLines, *, limits: Limits) -> Iterator[Row]:
         yield from _read_parquet(path, limits)
         return
     refuse_wide_text(head, path)
-    name = re.sub(r"\.(gz|zst)$", "", path.lower())
-    suffix = os.path.splitext(name)[1]
+    suffix = os.path.splitext(_without_compression(path))[1]
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if suffix in TEXT_SUFFIXES:
         yield from _read_text(path, limits)
@@ -66,6 +65,15 @@ def read_file(path: str, bad: BadLines, *, limits: Limits) -> Iterator[Row]:
             what="neither its name nor its content tells its format",
             fix="name it .jsonl, .json, .csv, .tsv, .parquet or .txt (with .gz or .zst)",
         )
+
+
+def is_text_file(path: str) -> bool:
+    """Whether a file is taken for plain text, whose rows put together are the file."""
+    return os.path.splitext(_without_compression(path))[1] in TEXT_SUFFIXES
+
+
+def _without_compression(path: str) -> str:
+    return re.sub(r"\.(gz|zst)$", "", path.lower())
 
 
 def _read_table(path: str, bad: BadLines, limits: Limits) -> Iterator[Row]:

@@ -93,6 +93,37 @@ def read_rows(config: DataConfig, *, limits: Limits | None = None) -> Rows:
     )
 
 
+def read_plain_rows(
+    path: str, *, key: str, limit: int | None = None, limits: Limits | None = None
+) -> tuple[list[Row], str]:
+    """The rows of one local file as they stand there, and the SHA-256 of its bytes.
+
+    Args:
+        path: any file that training could read.
+        key: the setting it came from, for messages.
+        limit: how many rows to read; None: all.
+        limits: caps on sizes.
+
+    Raises:
+        InputError: names file and line of what cannot be read.
+    """
+    caps = limits or Limits()
+    size = check_regular_file(path, key=key)
+    bad = BadLines(0)
+    rows = list(itertools.islice(_local_rows(path, size, bad, caps), limit))
+    bad.check()
+    if not rows:
+        raise InputError("empty-data", where=path, what="holds no rows", fix=f"check {key}")
+    return rows, file_sha256(path)
+
+
+def _local_rows(path: str, size: int, bad: BadLines, limits: Limits) -> Iterator[Row]:
+    if size > limits.file_bytes:
+        what = f"is larger than {limits.file_bytes} bytes"
+        raise InputError("too-large", where=path, what=what, fix="split the file")
+    return read_file(path, bad, limits=limits)
+
+
 class _Reader:
     def __init__(self, config: DataConfig, limits: Limits, bad: BadLines) -> None:
         self._config = config
@@ -108,7 +139,7 @@ class _Reader:
             rows = read_hub_rows(path, load_hub_rows(path, hub), digest)
         else:
             size = check_regular_file(path, key=key)
-            rows = self._local(path, size)
+            rows = _local_rows(path, size, self.bad, self._limits)
         cap = self._config.max_rows if key == "data.train" else None
         taken = list(itertools.islice(rows, cap))
         if not taken:
@@ -127,9 +158,3 @@ class _Reader:
     @staticmethod
     def _hub_name(path: str) -> HubName | None:
         return None if path.lower().endswith(DATA_SUFFIXES) else parse_hub_name(path)
-
-    def _local(self, path: str, size: int) -> Iterator[Row]:
-        if size > self._limits.file_bytes:
-            what = f"is larger than {self._limits.file_bytes} bytes"
-            raise InputError("too-large", where=path, what=what, fix="split the file")
-        return read_file(path, self.bad, limits=self._limits)

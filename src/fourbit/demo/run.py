@@ -13,7 +13,7 @@ from typing import Any
 from fourbit.data import DataConfig, read_rows
 from fourbit.demo.orders import SYSTEM, generate, write_jsonl
 from fourbit.errors import InputError
-from fourbit.evaluate import ExactMatch, score_examples
+from fourbit.evaluation import ExactMatch, score_examples
 from fourbit.generate import Generator, Sampling, open_generator
 from fourbit.rundir import RunDir
 from fourbit.settings import Resolved, dump_settings, load_settings

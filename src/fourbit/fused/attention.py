@@ -28,6 +28,8 @@ class AttentionBlock:
         head_norms: of each query head and each key head, where the architecture has them.
         rotary: cos and sin, ``[P, rotary]`` with P dividing the rows; None without rotation.
         first: int32 ``[B, T]``, the first key each query sees; None for plain causal attention.
+        shared: int32 ``[B, T]``, keys at the beginning that it sees besides; not where gradients
+            are wanted.
         batch: B.
         out: back to the model's width.
         residual: how the result is added to the input.
@@ -44,6 +46,7 @@ class AttentionBlock:
     out: Group
     residual: Residual
     keep: Callable[[Tensor, Tensor], object] | None = None
+    shared: Tensor | None = None
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value as ``[B, T, heads, head_dim]`` views of their joint buffer."""
@@ -122,6 +125,7 @@ class _Attention(torch.autograd.Function):
             scale=block.heads.scale,
             softcap=block.heads.softcap,
             out=o.view(q.shape),
+            shared=block.shared,
         )
         y, kept, out_kept = block.residual.forward(
             x, lambda out, added: block.out.forward(o, out_adapters, out, added)

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,24 +103,57 @@ def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
         return mask
     first = _ranges(mask[:, 0], kwargs.get("attention_mask"))
     if first is not None:
-        setattr(mask, _RANGES, (first, mask._version))
+        _mark(mask, Ranges(first))
     return mask
 
 
-def visible_ranges(mask: Tensor | None) -> tuple[bool, Tensor | None]:
-    """What the mask that a layer is given says, as `fourbit.ops.attention` wants it told.
+def shared_beginning_mask(first: Tensor, shared: Tensor) -> Tensor:
+    """A mask for rows that hold one text and several continuations of it, for any implementation.
 
     Args:
-        mask: of `attention_mask`, or whatever the model made of it; None: causal.
+        first: int32 ``[B, T]``, as `fourbit.ops.attention` has it.
+        shared: likewise.
 
     Returns:
-        Whether each query sees a range of keys that ends at itself, and the first key of each,
-        int32 ``[B, T]``, or None where that is key 0 for all.
+        bool ``[B, 1, T, T]``, which transformers hands to the layers as it is.
+    """
+    at = torch.arange(first.shape[1], device=first.device)
+    own = (at <= at[:, None]) & (at >= first[..., None])
+    mask = (own | (at < shared[..., None]))[:, None]
+    _mark(mask, Ranges(first, shared))
+    return mask
+
+
+class Ranges(NamedTuple):
+    """Which keys queries see, as `fourbit.ops.attention` wants it told.
+
+    Attributes:
+        first: int32 ``[B, T]``, or None where that is key 0 for all.
+        shared: int32 ``[B, T]`` or None.
+    """
+
+    first: Tensor | None = None
+    shared: Tensor | None = None
+
+
+def _mark(mask: Tensor, ranges: Ranges) -> None:
+    setattr(mask, _RANGES, (ranges, mask._version))
+
+
+def visible_ranges(mask: Tensor | None) -> Ranges | None:
+    """What the mask that a layer is given says.
+
+    Args:
+        mask: of `attention_mask` or `shared_beginning_mask`, or whatever the model made of it;
+            None: causal.
+
+    Returns:
+        None where it is a mask of another kind.
     """
     if mask is None:
-        return True, None
-    first, version = getattr(mask, _RANGES, (None, 0))
-    return first is not None and mask._version == version, first
+        return Ranges()
+    ranges, version = getattr(mask, _RANGES, (None, 0))
+    return ranges if mask._version == version else None
 
 
 def _may_be_ranges(mask: Tensor, kwargs: dict[str, Any]) -> bool:
@@ -204,16 +237,20 @@ def attention_forward(  # noqa: PLR0913  # as transformers calls it
         )
     query, key, value = _autocast(query, key, value)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    known, first = visible_ranges(attention_mask)
-    known = known and (causal or first is not None)
-    if known and not dropout and _plain(kwargs) and _fits(query, key, value):
+    ranges = visible_ranges(attention_mask)
+    if ranges is not None and not (causal or ranges.first is not None):
+        ranges = None
+    if ranges is not None and ranges.shared is not None and torch.is_grad_enabled():
+        ranges = None
+    if ranges is not None and not dropout and _plain(kwargs) and _fits(query, key, value):
         out = attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            first=first,
+            first=ranges.first,
             scale=scaling,
             softcap=softcap or 0.0,
+            shared=ranges.shared,
         )
         return out, None
     if softcap:

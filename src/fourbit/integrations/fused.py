@@ -160,6 +160,7 @@ def _blocks(
         raise _Generic("another activation")
     # in the order in which transformers' forward calls the layers
     seeds = [draw_seeds(group) for group in (qkv, out, up, down)]
+    first, shared = _visible(arguments.get("attention_mask"), x)
     groups = [Group(g, s) for g, s in zip((qkv, out, up, down), seeds, strict=True)]
     head_norms = names.head_norms and tuple(_norm(attention, name, x) for name in names.head_norms)
     return (
@@ -169,11 +170,12 @@ def _blocks(
             heads=heads_of(attention),
             head_norms=head_norms,  # type: ignore[arg-type]
             rotary=_rotary(names, arguments, x),
-            first=_first(arguments.get("attention_mask"), x),
+            first=first,
             batch=batch,
             out=groups[1],
             residual=Residual(_after(layer, names.norm_after_attention, x), scale),
             keep=_cache(arguments.get("past_key_values"), attention),
+            shared=shared,
         ),
         MlpBlock(
             norm=_norm(layer, names.norm_mlp, x),
@@ -269,11 +271,14 @@ def _cache(cache: Any, attention: nn.Module) -> Callable[[Tensor, Tensor], objec
     return keep
 
 
-def _first(mask: Any, x: Tensor) -> Tensor | None:
-    known, first = visible_ranges(mask)
-    if not known:
+def _visible(mask: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    ranges = visible_ranges(mask)
+    if ranges is None or (ranges.shared is not None and torch.is_grad_enabled()):
         raise _Generic("a mask of another kind")
-    return None if first is None else first.expand(x.shape[0], -1).contiguous()
+    first, shared = (
+        None if tensor is None else tensor.expand(x.shape[0], -1).contiguous() for tensor in ranges
+    )
+    return first, shared
 
 
 def _projections(module: nn.Module, names: tuple[str, ...], x: Tensor) -> tuple[Projection, ...]:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from fourbit.data import ChatTemplate, prompt_of, read_rows, resolve_template, split, tokenize
 from fourbit.errors import FourbitError, VerificationFailed
-from fourbit.evaluate import exact_match
+from fourbit.evaluation import exact_match
 from fourbit.generate import Generator, Sampling
 from fourbit.training.config import TrainConfig
 

@@ -3,7 +3,8 @@
 Legend: B batch, T tokens, H query heads over KV key/value heads, D width of a head (values may
 have another, Dv). Query t of entry b sees the keys ``first[b, t] ... t``: causal masks, packed
 documents, sliding windows and left padding are such ranges. ``first[b, t] > t`` means that it
-sees nothing: its output is 0 and nothing flows back.
+sees nothing: its output is 0 and nothing flows back. With ``shared``, query t also sees the keys
+``0 ... shared[b, t] - 1``; only forward.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def attention(
     first: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """``softmax(scale · q kᵀ) v`` for each head, over what each query sees; differentiable.
 
@@ -33,12 +35,16 @@ def attention(
         first: int32 ``[B, T]``, the first key that each query sees; None: key 0.
         scale: of the scores; None: ``D ** -0.5``.
         softcap: scores become ``softcap · tanh(score / softcap)``; 0: they stay.
+        shared: int32 ``[B, T]``, how many keys at the row's beginning each query also sees.
 
     Returns:
         ``[B, T, H, Dv]``, contiguous.
+
+    Raises:
+        RuntimeError: a gradient is asked for where ``shared`` is given.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.fourbit.attention(q, k, v, first, scale, softcap)[0]
+    return torch.ops.fourbit.attention(q, k, v, first, scale, softcap, shared)[0]
 
 
 def attention_forward(
@@ -50,6 +56,7 @@ def attention_forward(
     scale: float,
     softcap: float,
     out: Tensor,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Attention into a buffer at hand, for whoever keeps what backward needs itself.
 
@@ -64,13 +71,14 @@ def attention_forward(
         scale: of the scores.
         softcap: 0 for none.
         out: ``[B, T, H, Dv]``, overwritten.
+        shared: int32 ``[B, T]``, contiguous: each query also sees so many keys of the beginning.
 
     Returns:
         Logarithms of sums, float32 ``[B, H, T]``, for `attention_backward`.
     """
     if scale > 0 and cpu.fits(q, k, v, out):
-        return cpu.run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out)
-    result, lse = plain.attention(q, k, v, first, scale, softcap)
+        return cpu.run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out, shared=shared)
+    result, lse = plain.attention(q, k, v, first, scale, softcap, shared)
     out.copy_(result)
     return lse
 

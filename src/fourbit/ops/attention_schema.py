@@ -3,7 +3,9 @@
 Legend: B batch, T tokens, H query heads over KV key/value heads, D width of a head (values may
 have another). Query t of entry b sees the keys ``first[b, t] ... t``: causal masks, packed
 documents, sliding windows and left padding are such ranges. ``first[b, t] > t`` means that it
-sees nothing: its output is 0 and nothing flows back.
+sees nothing: its output is 0 and nothing flows back. Where ``shared`` is given, query t also sees
+the keys ``0 ... shared[b, t] - 1``: several continuations of one text lie in one row. That has no
+gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from fourbit.ops.schema import LIBRARY, default_kernel
 
 _RANGES = "Tensor? first, float scale, float softcap"
 
-LIBRARY.define(f"attention(Tensor q, Tensor k, Tensor v, {_RANGES}) -> (Tensor, Tensor)")
+LIBRARY.define(
+    f"attention(Tensor q, Tensor k, Tensor v, {_RANGES}, Tensor? shared=None) -> (Tensor, Tensor)"
+)
 LIBRARY.define(
     "attention_backward(Tensor grad_o, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     f" {_RANGES}) -> (Tensor, Tensor, Tensor)"
@@ -26,7 +30,13 @@ LIBRARY.define(
 
 @torch.library.register_fake("fourbit::attention", lib=LIBRARY)
 def _(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     torch._check(heads % k.shape[2] == 0, lambda: "query heads share key/value heads evenly")
@@ -50,7 +60,9 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, first, ctx.scale, ctx.softcap = inputs
+    q, k, v, first, ctx.scale, ctx.softcap, shared = inputs
+    if shared is not None:
+        raise RuntimeError("attention over a shared beginning has no gradient")
     ctx.save_for_backward(q, k, v, *output, first)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -58,9 +70,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad_o: Tensor | None, _grad_lse: Tensor | None) -> tuple[Any, ...]:
     if grad_o is None:
-        return (None,) * 6
+        return (None,) * 7
     grads = torch.ops.fourbit.attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.softcap)
-    return (*grads, None, None, None)
+    return (*grads, None, None, None, None)
 
 
 torch.library.register_autograd("fourbit::attention", _backward, setup_context=_setup, lib=LIBRARY)
@@ -77,8 +89,13 @@ def _back(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.permute(0, 3, 1, 2, 4).flatten(2, 3).to(like.dtype).contiguous()
 
 
-def _scores(
-    q: Tensor, k: Tensor, first: Tensor | None, scale: float, softcap: float
+def _scores(  # noqa: PLR0913  # what the op is given
+    q: Tensor,
+    k: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Scores ``[B, KV, G, T, T]``, -inf where nothing is seen, and their slope before scaling."""
     scores = (q @ k.transpose(-1, -2)) * scale
@@ -89,13 +106,23 @@ def _scores(
     at = torch.arange(q.shape[-2], device=q.device)
     seen = at <= at[:, None]
     if first is not None:
-        seen = (seen & (at >= first[:, :, None]))[:, None, None]
+        seen = seen & (at >= first[:, :, None])
+    if shared is not None:
+        seen = seen | (at < shared[:, :, None])
+    if seen.dim() == 3:
+        seen = seen[:, None, None]
     return scores.masked_fill(~seen, -torch.inf), slope
 
 
 @default_kernel("attention")
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs ``[B, T, H, Dv]`` and logarithms of sums ``[B, H, T]``, +inf where nothing is seen.
 
@@ -103,7 +130,7 @@ def attention(
     """
     kv_heads = k.shape[2]
     queries, keys, values = (_by_group(tensor, kv_heads) for tensor in (q, k, v))
-    scores, _ = _scores(queries, keys, first, scale, softcap)
+    scores, _ = _scores(queries, keys, first, scale, softcap, shared)
     lse = scores.logsumexp(-1)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     out = torch.exp(scores - lse[..., None]) @ values

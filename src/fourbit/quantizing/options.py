@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from fourbit.errors import InputError
 from fourbit.integrations.config import FourbitConfig
 from fourbit.quantize import QuantConfig
+from fourbit.quantizing.calibrate import Calibration
 from fourbit.shards import parse_size
 
 
@@ -24,6 +25,7 @@ class QuantizeOptions:
         max_shard_size: bytes of the largest file, as ``2GB``; a bigger tensor has its own.
         overwrite: replace a model that is already in the output folder.
         revision: branch, tag or commit of a hub model.
+        calibrate: text to choose scales and codes for; None: each weight by itself.
     """
 
     quant: QuantConfig = field(default_factory=QuantConfig)
@@ -32,6 +34,7 @@ class QuantizeOptions:
     max_shard_size: str = "2GB"
     overwrite: bool = False
     revision: str | None = None
+    calibrate: Calibration | None = None
 
     @property
     def shard_bytes(self) -> int:

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from fourbit import __version__, bnb_format, files
 from fourbit import device as devices
+from fourbit.data.files import check_regular_file
 from fourbit.errors import EnvironmentFault, Interrupted, ModelError
 from fourbit.files import human_bytes
 from fourbit.integrations.config import FourbitConfig
@@ -30,6 +31,7 @@ from fourbit.integrations.transformers import (
 from fourbit.linear import QuantizedLinear
 from fourbit.loading import load_config, stored_dtype, stored_quantization
 from fourbit.quantize import check_finite
+from fourbit.quantizing.calibrate import Calibrated, Calibration, as_pattern, calibrate
 from fourbit.quantizing.measure import Squares, relative, squares
 from fourbit.quantizing.options import QuantizeOptions
 from fourbit.quantizing.plan import Plan, Shard, Unit, make_plan
@@ -77,6 +79,7 @@ class QuantizeResult:
         peak_host_bytes: highest private memory of the process; None where the system cannot say.
         start_host_bytes: private memory before the work began.
         seconds: of this call; less than the whole when it continued an interrupted one.
+        calibration: tokens and losses before and after, where it was calibrated.
     """
 
     output: str
@@ -93,6 +96,7 @@ class QuantizeResult:
     peak_host_bytes: int | None
     start_host_bytes: int | None
     seconds: float
+    calibration: dict[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -182,6 +186,8 @@ class _Work:
     plan: Plan
     staging: Staging
     fingerprint: list[Any]
+    options: QuantizeOptions
+    calibrated: Calibrated | None = None
 
     @classmethod
     def prepare(cls, source: ModelSource, target: Path, options: QuantizeOptions) -> _Work:
@@ -201,9 +207,12 @@ class _Work:
             "source": fingerprint,
             "quantization": quantization.to_dict(),
             "plan": plan.digest(),
+            "calibration": _calibration_identity(options.calibrate),
         }
         staging = Staging(target, identity)
-        return cls(source, config, quantization, dtype, model, tensors, plan, staging, fingerprint)
+        return cls(
+            source, config, quantization, dtype, model, tensors, plan, staging, fingerprint, options
+        )
 
     def run(self, reporter: Reporter) -> None:
         """Writes what is not yet written, and gives the folder its name."""
@@ -218,6 +227,8 @@ class _Work:
             reporter.line(f"continuing: {done} of {count} files are finished")
         try:
             self.staging.require_space(self.plan.bytes)
+            if self.options.calibrate is not None:
+                self._calibrate(self.options.calibrate, reporter)
             self._write_shards(reporter)
             self._require_unchanged()
             self._write_metadata()
@@ -230,6 +241,29 @@ class _Work:
         finally:
             self.tensors.close()
             self.staging.close()
+
+    def _calibrate(self, wanted: Calibration, reporter: Reporter) -> None:
+        units = {
+            unit.parameter.removesuffix(".weight"): unit
+            for unit in self.plan.units
+            if unit.layer is not None
+        }
+
+        def weight(name: str) -> Tensor:
+            unit = units[name]
+            assert unit.layer is not None
+            found = self.tensors.whole(unit.source).to(unit.dtype)
+            return found.t() if unit.layer.transposed_source else found
+
+        self.calibrated = calibrate(
+            self.source,
+            self.quantization.quant,
+            skip=self.quantization.modules_to_not_convert,
+            options=wanted,
+            weight=weight,
+            folder=self.staging.layers,
+            reporter=reporter,
+        )
 
     def _write_shards(self, reporter: Reporter) -> None:
         units = self.plan.units
@@ -284,9 +318,15 @@ class _Work:
         self, unit: Unit, pattern: QuantizedLinear, writer: ShardWriter
     ) -> tuple[float, float, int]:
         """Error and norm, both squared, and the bytes written."""
-        layer = copy.deepcopy(pattern)
         weight = self.tensors.whole(unit.source).to(unit.dtype)
-        layer.replace_(packed(layer, weight, name=unit.source))
+        if self.calibrated is None:
+            layer = copy.deepcopy(pattern)
+            layer.replace_(packed(layer, weight, name=unit.source))
+        else:
+            module = self.calibrated.model.get_submodule(unit.parameter.removesuffix(".weight"))
+            assert isinstance(module, QuantizedLinear)
+            layer = as_pattern(pattern, module)
+            layer.original_dtype = weight.dtype
         prefix = unit.name.removesuffix("weight")
         size = 0
         for key, tensor in bnb_format.to_disk(layer).items():
@@ -378,6 +418,7 @@ class _Work:
             peak_host_bytes=memory.peak,
             start_host_bytes=memory.start,
             seconds=seconds,
+            calibration=None if self.calibrated is None else self.calibrated.facts,
         )
 
 
@@ -402,6 +443,18 @@ class _Progress:
         """What stands beside the bar."""
         rate = (self.bytes - self._skipped) / max(time.perf_counter() - self._began, 1e-9)
         return f"{human_bytes(self.bytes)} of {human_bytes(self.total)}, {human_bytes(rate)}/s"
+
+
+def _calibration_identity(options: Calibration | None) -> list[Any] | None:
+    if options is None:
+        return None
+    size = check_regular_file(str(options.path), key="--calibrate")
+    return [
+        [size, files.sha256_of(options.path)],
+        options.tokens,
+        options.length,
+        options.damping,
+    ]
 
 
 def _refuse_quantized(source: ModelSource) -> None:

@@ -70,6 +70,7 @@ class Staging:
 
     Attributes:
         folder: where files are written.
+        layers: where calibrated layers wait until they are written.
         finished: by file name, what `keep` was told.
         restarted: whether what another source or other settings had left was removed.
     """
@@ -78,6 +79,7 @@ class Staging:
         self.output = output
         self.home = output.with_name(f"{output.name}.unfinished")
         self.folder = self.home / "model"
+        self.layers = self.home / "calibrated"
         self.finished: dict[str, dict[str, Any]] = {}
         self.restarted = False
         self._identity = json.loads(json.dumps(identity))
@@ -94,6 +96,8 @@ class Staging:
             self.home.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             self.finished = self._read()
+            if self.restarted:
+                shutil.rmtree(self.layers, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
             for path in self.folder.iterdir():
                 if path.name not in self.finished:
@@ -168,7 +172,7 @@ class Staging:
         """Gives the lock back and keeps what is finished; nothing finished leaves nothing."""
         if self._lock is None:
             return
-        if not self.finished:
+        if not self.finished and not (self.layers.is_dir() and any(self.layers.iterdir())):
             shutil.rmtree(self.home, ignore_errors=True)
         os.close(self._lock)
         self._lock = None

@@ -398,6 +398,7 @@ class _Run:
         config = self.config
         mixed = mixed_precision(self.model, self.dtype, config.method)
         self.objective = Objective(self.model, mixed)
+        base = self.objective.base
         batches = self._batches(self.data.train, seed=config.seed)
         pad = pad_id(self.tokenizer)
         first = collate(self.data.train, batches.epoch(0)[0], pad_id=pad)
@@ -413,6 +414,10 @@ class _Run:
             folder=self.folder.path,
         )
         self.watch = Watch(self.model, optimizer, where=config.output)
+        # which has read the whole table of words, of which a step needs the few that occur
+        words, head = base.get_input_embeddings(), base.get_output_embeddings()
+        if isinstance(words, nn.Embedding) and words.weight is not getattr(head, "weight", None):
+            devices.page_out(words.weight)
         self.loop = TrainLoop(
             config,
             objective=self.objective,

@@ -22,6 +22,7 @@ def run_forward(
     scale: float,
     softcap: float,
     out: Tensor,
+    shared: Tensor | None = None,
 ) -> Tensor:
     """Writes ``out`` and returns the logarithms of sums; see `fourbit.ops.attention`."""
     # named, because the defaults may be meta and bf16 while a model is being made
@@ -30,8 +31,8 @@ def run_forward(
         return lse
     layout = _layout(q, k, v, (q, k, v, out))
     scratch = _scratch(layout, q.dtype, backward=False)
-    native.kernel("attention_forward", "ppppppppffii")(
-        *native.addresses(q, k, v, first, out, lse),
+    native.kernel("attention_forward", "pppppppppffii")(
+        *native.addresses(q, k, v, first, shared, out, lse),
         ctypes.addressof(layout),
         native.address(scratch),
         scale,
@@ -111,13 +112,21 @@ def _ranges(first: Tensor | None) -> Tensor | None:
 
 @cpu_kernel("attention")
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, scale: float, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+    shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _dense(q), _dense(k), _dense(v)
     if not fits(q, k, v) or scale <= 0:
-        return plain.attention(q, k, v, first, scale, softcap)
+        return plain.attention(q, k, v, first, scale, softcap, shared)
     out = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype)
-    lse = run_forward(q, k, v, _ranges(first), scale=scale, softcap=softcap, out=out)
+    lse = run_forward(
+        q, k, v, _ranges(first), scale=scale, softcap=softcap, out=out, shared=_ranges(shared)
+    )
     return out, lse
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fourbit.data import Example, prompt_of
+from fourbit.evaluation.metrics import mean
 from fourbit.generate import Generator, Sampling
 
 
@@ -21,6 +22,8 @@ class ExactMatch:
         n: answers scored.
         predictions: in the order of the rows.
         correct: which of them match.
+        references: what they were compared with.
+        prompts_sha256: of the prompts' token ids, where the answers were generated here.
     """
 
     score: float
@@ -28,6 +31,8 @@ class ExactMatch:
     n: int
     predictions: tuple[str, ...]
     correct: tuple[bool, ...]
+    references: tuple[str, ...] = ()
+    prompts_sha256: str = ""
 
 
 def matches(prediction: str, reference: str) -> bool:
@@ -55,10 +60,10 @@ def _json(text: str) -> object:
 def exact_match(predictions: Sequence[str], references: Sequence[str]) -> ExactMatch:
     """Scores answers; both sequences have the same length."""
     correct = tuple(matches(p, r) for p, r in zip(predictions, references, strict=True))
-    n = len(correct)
-    score = sum(correct) / n if n else math.nan
-    stderr = math.sqrt(score * (1 - score) / (n - 1)) if n > 1 else math.nan
-    return ExactMatch(score, stderr, n, tuple(predictions), correct)
+    found = mean([float(right) for right in correct])
+    return ExactMatch(
+        found.value, found.stderr, len(correct), tuple(predictions), correct, tuple(references)
+    )
 
 
 def score_examples(
@@ -77,4 +82,6 @@ def score_examples(
         prompts.append(generator.prompt_ids(prompt.messages))
         references.append(prompt.reference)
     answers = generator.answers(prompts, sampling, progress=progress)
-    return exact_match([answer.text for answer in answers], references)
+    asked = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    found = exact_match([answer.text for answer in answers], references)
+    return replace(found, prompts_sha256=asked)
