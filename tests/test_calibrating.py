@@ -54,12 +54,15 @@ def test_layers_are_walked_one_by_one(name, tmp_path):
     seen: dict[str, torch.Tensor] = {}
     tokens = torch.randint(0, 200, (5, 20))
 
-    def keep(layer_name, layer, moments):
+    def keep(layer_name, layer, weight, moments):
         seen[layer_name] = moments
         return {}
 
+    def weight(layer_name):
+        return model.get_submodule(layer_name).dequantize()
+
     done = []
-    calibrate_layers(model.eval(), tokens, keep, done=lambda number, _: done.append(number))
+    calibrate_layers(model.eval(), tokens, weight, keep, done=lambda number, _: done.append(number))
     assert done == list(range(len(done)))
     assert seen.keys() == quantized
     inputs: dict[str, torch.Tensor] = {}
@@ -191,9 +194,10 @@ def test_little_text_and_odd_models_are_refused(text, tmp_path):
         return forward(self, *args, **kwargs)
 
     type(model.model).forward = twice
+    tokens = torch.randint(0, 200, (2, 8))
     try:
         with pytest.raises(ModelError, match="cannot-calibrate"):
-            calibrate_layers(model.eval(), torch.randint(0, 200, (2, 8)), lambda *_: {})
+            calibrate_layers(model.eval(), tokens, lambda _: torch.zeros(0), lambda *_: {})
     finally:
         type(model.model).forward = forward
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -143,6 +143,11 @@ class QuantizedLinear(nn.Linear):
     def W_q(self) -> Tensor:  # noqa: N802
         """The packed weight under the name by which PEFT knows layers with ``dequantize()``."""
         return self.weight
+
+    @property
+    def uses_other_weight(self) -> bool:
+        """Whether it multiplies with a weight at hand: see `keep_dequantized`, `multiplying`."""
+        return self._kept is not None and not torch.is_grad_enabled()
 
     def forward(self, input: Tensor) -> Tensor:
         """``input`` ``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``input``."""
@@ -364,6 +369,18 @@ def keep_dequantized(model: nn.Module, dtype: torch.dtype, *, budget: int) -> It
         yield keep
     finally:
         for layer in layers:
+            layer._kept = None
+
+
+@contextmanager
+def multiplying(weights: Mapping[QuantizedLinear, Tensor]) -> Iterator[None]:
+    """Inside, these layers multiply with the given weights ``[out, in]`` instead of their own."""
+    try:
+        for layer, weight in weights.items():
+            layer._kept = weight
+        yield
+    finally:
+        for layer in weights:
             layer._kept = None
 
 

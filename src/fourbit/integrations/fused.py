@@ -295,6 +295,8 @@ def _frozen_base(module: nn.Module, x: Tensor) -> Linear4bit | nn.Linear:
     if isinstance(module, Linear4bit):
         if module.compute_dtype not in (None, x.dtype):
             raise _Generic("another compute dtype")
+        if module.uses_other_weight:
+            raise _Generic("a weight at hand")
     elif type(module) is not nn.Linear or module.weight.dtype != x.dtype:
         raise _Generic(f"a projection is {type(module).__name__}")
     if any(map(_trained, module.parameters(recurse=False))):

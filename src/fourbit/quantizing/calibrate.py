@@ -201,8 +201,10 @@ def _calibrate_layers(
     if start:
         reporter.line(f"continuing: {start} of {len(layers)} layers are calibrated")
 
-    def improve(name: str, layer: QuantizedLinear, moments: Tensor) -> dict[str, Tensor]:
-        return layer.quantized_for(weight(name), moments, damping=options.damping, name=name)
+    def improve(
+        name: str, layer: QuantizedLinear, whole: Tensor, moments: Tensor
+    ) -> dict[str, Tensor]:
+        return layer.quantized_for(whole, moments, damping=options.damping, name=name)
 
     with reporter.task("calibrating layers", total=len(layers), start=start) as advance:
 
@@ -211,7 +213,7 @@ def _calibrate_layers(
             files.replace_file(folder / f"{number:05}.safetensors", data)
             advance(number + 1, "")
 
-        calibrate_layers(model, windows, improve, start=start, done=done)
+        calibrate_layers(model, windows, weight, improve, start=start, done=done)
 
 
 def parameters_inside(layer: nn.Module) -> dict[str, Tensor]:

@@ -1,7 +1,9 @@
-"""Calibration of a model, one decoder layer after the other, each on what the layers before give.
+"""Calibration of a model, one decoder layer after the other.
 
-The model is held in 4 bits; of the layer at hand the 16-bit weights are read again, and what the
-layer is given (from layers that are calibrated already) says which of their errors matter.
+The model is held in 4 bits; of the layer at hand the 16-bit weights are read again. The layer runs
+once with them: what its projections are given says which of their errors matter, and what it gives
+is what the next layer is given. Inputs that carry the errors of layers quantized before, as GPTQ
+takes them, were measured to give a higher perplexity.
 """
 
 from __future__ import annotations
@@ -18,15 +20,16 @@ from transformers import PreTrainedModel
 
 from fourbit.errors import ModelError
 from fourbit.integrations.transformers import decoder_layers
-from fourbit.linear import QuantizedLinear
+from fourbit.linear import QuantizedLinear, multiplying
 
 _TOKENS = 2048
 """Of one forward pass through a layer."""
 _CLOSE = 0.05
 """Share by which the walk's last layer may differ from the model's own: far above rounding."""
 
-Calibrate = Callable[[str, QuantizedLinear, Tensor], dict[str, Tensor]]
-"""Name of a layer, the layer and its inputs' moments to the parameters it shall have."""
+Calibrate = Callable[[str, QuantizedLinear, Tensor, Tensor], dict[str, Tensor]]
+"""A projection's name, itself, its weight ``[out, in]`` and its inputs' second moments, to the
+parameters it shall have."""
 Done = Callable[[int, nn.Module], None]
 
 
@@ -77,6 +80,7 @@ class _Moments:
 def calibrate_layers(
     model: PreTrainedModel,
     tokens: Tensor,
+    weight: Callable[[str], Tensor],
     calibrate: Calibrate,
     *,
     start: int = 0,
@@ -87,6 +91,7 @@ def calibrate_layers(
     Args:
         model: quantized, in evaluation mode.
         tokens: int64 ``[windows, length]``.
+        weight: a projection's name to its weight before it was quantized.
         calibrate: what to make of a projection.
         start: layers before this one have been calibrated earlier.
         done: told the number of each layer that is finished, and the layer.
@@ -100,25 +105,24 @@ def calibrate_layers(
     calls, states = _calls(model, layers, batches)
     names = {module: name for name, module in model.named_modules()}
     for number, layer in enumerate(layers):
-        if number >= start:
-            inside = {
-                names[module]: module
-                for module in layer.modules()
-                if isinstance(module, QuantizedLinear)
-            }
-            moments = _Moments()
-            with _watching(inside, moments):
-                for state in states:
-                    moments.begin()
-                    _forward(layer, state, calls[number])
-            for name, module in inside.items():
-                found = moments.of(name)
-                if found is not None:
-                    module.replace_(calibrate(name, module, found))
-            if done is not None:
-                done(number, layer)
-        for index, state in enumerate(states):
-            states[index] = _forward(layer, state, calls[number])
+        inside = {
+            names[module]: module
+            for module in layer.modules()
+            if isinstance(module, QuantizedLinear)
+        }
+        whole = {name: weight(name) for name in inside}
+        moments = _Moments()
+        watched = inside if number >= start else {}
+        with multiplying({m: whole[n] for n, m in inside.items()}), _watching(watched, moments):
+            for index, state in enumerate(states):
+                moments.begin()
+                states[index] = _forward(layer, state, calls[number])
+        for name, module in watched.items():
+            found = moments.of(name)
+            if found is not None:
+                module.replace_(calibrate(name, module, whole[name], found))
+        if number >= start and done is not None:
+            done(number, layer)
 
 
 def _forward(layer: nn.Module, state: Tensor, call: _Call) -> Tensor:
