@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit import files
+from fourbit.calibrated import DAMPING
 from fourbit.data import BadLines, DataConfig, is_text_file, read_plain_rows, to_examples
 from fourbit.data.templates import render, resolve_template
 from fourbit.errors import InputError
@@ -47,7 +48,7 @@ class Calibration:
     path: Path
     tokens: int = 131072
     length: int = 512
-    damping: float = 0.01
+    damping: float = DAMPING
     check: Path | None = None
 
 
@@ -153,7 +154,7 @@ def calibrate(
         told = f"loss on {'text held out of calibration' if name == 'held out' else 'other text'}"
         reporter.line(f"{told}: {before[name]:.4f} -> {after[name]:.4f}")
         if after[name] > before[name]:
-            reporter.warn(f"calibration made {told} worse: give more text, or --damping 0.1")
+            reporter.warn(f"calibration made {told} worse: give more text, or more --damping")
         key = name.replace(" ", "_")
         facts |= {f"loss_{key}_before": before[name], f"loss_{key}_after": after[name]}
     return Calibrated(model, facts)
