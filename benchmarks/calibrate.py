@@ -12,18 +12,15 @@ results/calibrate.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import gzip
 import json
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "calibrate.csv"
+from rows import append, stamp
 
 
 def fourbit(*words: object) -> dict[str, Any]:
@@ -48,9 +45,7 @@ def main() -> None:
     parser.add_argument("--damping", default="0.1")
     parser.add_argument("--quant", default="nf4", choices=["nf4", "fp4", "int8"])
     options = parser.parse_args()
-    commit = subprocess.check_output(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], text=True
-    ).strip()
+    stamped = stamp()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = options.data_dir / "wikitext-2" / "valid.txt.gz"
@@ -79,8 +74,7 @@ def main() -> None:
             gap = found["absmax"] - found["none"] if "absmax" in found else 0.0
             closed = (found["absmax"] - told["perplexity"]) / gap if gap else 0.0
             row = {
-                "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-                "commit": commit,
+                **stamped,
                 "model": options.model.name,
                 "quant": options.quant if variant != "none" else "none",
                 "calibrated_on": variant if variant in texts else "",
@@ -91,12 +85,7 @@ def main() -> None:
                 "gap_closed_percent": round(100 * closed, 1),
                 "quantize_seconds": round(seconds, 1),
             }
-            new = not RESULTS.exists()
-            with RESULTS.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, row)
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append("calibrate", row)
             print(json.dumps(row), flush=True)
 
 

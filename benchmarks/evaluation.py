@@ -12,19 +12,17 @@ by more than rounding.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "evaluation.csv"
+from rows import append, stamp
+
 FILES = {"hellaswag": "hellaswag/val_a.jsonl.gz", "arc_easy": "arc_easy/val.jsonl.gz"}
 CLOSE = 2e-3
 """Nats by which a log-likelihood of some 30 tokens may differ: float32 sums in another order."""
@@ -143,9 +141,7 @@ def main() -> None:
         found = theirs(options.model, options.side, path, options.rows, options.batch_size)
         print(json.dumps(found))
         return
-    commit = subprocess.check_output(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], text=True
-    ).strip()
+    stamped = stamp()
     wrong = []
     packed = tempfile.TemporaryDirectory()
     plain, options.model = options.model, str(Path(packed.name) / "nf4")
@@ -159,8 +155,7 @@ def main() -> None:
             other.append(theirs_alone(options, task, path))
         agreement = compare(mine[-1], other[-1])
         row = {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commit": commit,
+            **stamped,
             "task": task,
             "rounds": options.rounds,
             **agreement,
@@ -172,12 +167,7 @@ def main() -> None:
             "seconds_lm_eval": round(statistics.median(o["seconds"] for o in other), 1),
         }
         row["times_as_fast"] = round(row["seconds_lm_eval"] / row["seconds"], 2)
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append("evaluation", row)
         print(json.dumps(row), flush=True)
         same = row["acc"] == row["acc_lm_eval"] and row["acc_norm"] == row["acc_norm_lm_eval"]
         if agreement["worst_nats"] > CLOSE or agreement["other_choice"] or not same:

@@ -11,7 +11,6 @@ bytes above what the imports alone take.
 from __future__ import annotations
 
 import argparse
-import csv
 import fnmatch
 import json
 import random
@@ -20,12 +19,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from datetime import datetime, timezone
 from itertools import product
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "memory.csv"
+from rows import REPOSITORY, append, stamp
+
 METHODS = {
     "qlora": {"method": "qlora"},
     "lora": {"method": "lora"},
@@ -105,17 +103,14 @@ def run(cell: Cell, model: str) -> tuple[int, int]:
 
 
 def rows(cells: list[Cell], model: str, rounds: int) -> Iterator[dict[str, object]]:
-    commit = subprocess.check_output(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], text=True
-    ).strip()
+    stamped = stamp()
     base = statistics.median(baseline() for _ in range(3))
     for cell in cells:
         runs = [run(cell, model) for _ in range(rounds)]
         planned = statistics.median(p for p, _ in runs) - base
         measured = statistics.median(m for _, m in runs) - base
         yield {
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            "commit": commit,
+            **stamped,
             "model": Path(model).name,
             "cell": name_of(cell),
             "rounds": rounds,
@@ -138,12 +133,7 @@ def main() -> None:
     wanted = [cell for cell in cells if fnmatch.fnmatch(name_of(cell), options.only)]
     errors = []
     for row in rows(wanted, options.model, options.rounds):
-        new = not RESULTS.exists()
-        with RESULTS.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append("memory", row)
         errors.append(abs(float(str(row["error_percent"]))))
         print(*row.values(), flush=True)
     print(f"median error {statistics.median(errors):.1f}%, worst {max(errors):.1f}%")
