@@ -25,9 +25,8 @@ def test_values_of_the_paper():
 
 def test_it_runs_on_a_model_and_rows_at_hand(model_folder, tmp_path):
     chats = write_chats(tmp_path / "chats.jsonl", 24)
-    done = fourbit(
-        "train", RECIPE, "--model", model_folder("llama"), "--data.train", chats,
-        "--data.eval", "2", "--data.max_length", "128", "--lora.r", "8", "--max_steps", "2", "-o", tmp_path / "run", "--json",
-    )  # fmt: skip
+    smaller = ["--data.eval", "2", "--data.max_length", "128", "--lora.r", "8", "--max_steps", "2"]
+    where = ["--model", model_folder("llama"), "--data.train", chats, "-o", tmp_path / "run"]
+    done = fourbit("train", RECIPE, *where, *smaller, "--json")
     assert done.returncode == 0, done.stderr
     assert '"verified":true' in done.stdout.replace(" ", "")
