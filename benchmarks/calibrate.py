@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--characters", type=int, default=0, help="of the evaluated text; 0: all")
     parser.add_argument("--only", default="wiki,c4", help="what to calibrate on")
-    parser.add_argument("--damping", default="0.1")
+    parser.add_argument("--damping", default="0.01")
     parser.add_argument("--quant", default="nf4", choices=["nf4", "fp4", "int8"])
     options = parser.parse_args()
     stamped = stamp()

@@ -22,7 +22,7 @@ from fourbit import codebook, ops
 from fourbit.ops.reference import scales_float32
 from fourbit.quantize import QuantState, check_finite
 
-DAMPING = 0.1
+DAMPING = 0.01
 """Share of the mean second moment that is added to each: keeps feedback from following noise."""
 _FACTORS = tuple(0.80 + 0.015 * step for step in range(17))
 _COLUMNS = 64

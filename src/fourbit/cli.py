@@ -513,7 +513,7 @@ def export(
               help="Other text, to see that calibration holds there too.")  # fmt: skip
 @click.option("--calibrate-tokens", type=click.IntRange(1024), default=131072, show_default=True,
               help="How much of the text is used.")  # fmt: skip
-@click.option("--damping", type=click.FloatRange(0, 10), default=0.1, show_default=True,
+@click.option("--damping", type=click.FloatRange(0, 10), default=0.01, show_default=True,
               help="More follows the calibration text less.")  # fmt: skip
 @_JSON
 def quantize(  # noqa: PLR0913  # one parameter for each option
