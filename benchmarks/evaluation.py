@@ -1,12 +1,13 @@
-"""`fourbit eval` against lm-eval + bitsandbytes: the same answers item by item, and how fast.
+"""`fourbit eval` against lm-eval: the same likelihoods item by item, and how fast.
 
     python benchmarks/evaluation.py --data-dir DIR [--rows 1000] [--rounds 3] [--model FOLDER]
 
-Both read one checkpoint in NF4 with double quantization, made by `fourbit quantize`, and compute
-in float32, so that both give the same numbers. DIR has hellaswag/val_a.jsonl.gz and
-arc_easy/val.jsonl.gz; FOLDER is a plain transformers model. lm-eval's own functions prepare its
-rows. Sides take turns; rows go to results/evaluation.csv. The command fails if one answer differs
-by more than rounding.
+All sides hold the same NF4 weights with double quantization, made by `fourbit quantize`, and compute
+in float32. The truth is lm-eval on the plain model with those weights dequantized; the command fails
+if one likelihood differs from it by more than rounding. Speed is compared with lm-eval on
+bitsandbytes, whose CPU kernels round the scales to bfloat16, so some of its choices are others. DIR
+has hellaswag/val_a.jsonl.gz and arc_easy/val.jsonl.gz; FOLDER is a plain transformers model.
+lm-eval's own functions prepare its rows. Sides take turns; rows go to results/evaluation.csv.
 """
 
 from __future__ import annotations
@@ -56,26 +57,51 @@ def ours(model: str, task: str, path: Path, rows: int) -> dict[str, Any]:
     }
 
 
-def theirs(model: str, task: str, path: Path, rows: int, batch_size: int) -> dict[str, Any]:
-    """lm-eval with bitsandbytes; runs in a process of its own."""
-    import gzip
-
-    import bitsandbytes
-    import lm_eval
+def plain_model(packed: str, original: str) -> Any:
+    """The original model with the weights that the packed one stands for."""
     import torch
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-    from lm_eval.tasks.hellaswag.utils import preprocess
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, device_map="cpu")
+    import fourbit
+    from fourbit.linear import Linear4bit
+
+    source, _ = fourbit.load(packed)
+    loaded = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    for name, module in source.named_modules():
+        if isinstance(module, Linear4bit):
+            loaded.get_submodule(name).weight.data = module.dequantize(torch.float32)
+    return loaded
+
+
+def bitsandbytes_model(packed: str) -> Any:
+    """The packed model in bitsandbytes' layers."""
+    import bitsandbytes
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32, device_map="cpu")
     for module in loaded.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = torch.float32  # the file says bfloat16
+    return loaded
+
+
+def theirs(
+    loaded: Any, folder_of_tokenizer: str, task: str, path: Path, rows: int, batch: int
+) -> dict[str, Any]:
+    """lm-eval; runs in a process of its own."""
+    import gzip
+
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.hellaswag.utils import preprocess
+    from transformers import AutoTokenizer
+
     asked = HFLM(
         pretrained=loaded,
-        tokenizer=AutoTokenizer.from_pretrained(model),
-        batch_size=batch_size,
+        tokenizer=AutoTokenizer.from_pretrained(folder_of_tokenizer),
+        batch_size=batch,
         device="cpu",
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -109,11 +135,11 @@ def theirs(model: str, task: str, path: Path, rows: int, batch_size: int) -> dic
     }
 
 
-def theirs_alone(options: argparse.Namespace, task: str, path: Path) -> dict[str, Any]:
+def theirs_alone(options: argparse.Namespace, task: str, packed: str) -> dict[str, Any]:
     """`theirs` in a process of its own, as ours has one."""
     command = [sys.executable, __file__, "--data-dir", str(options.data_dir), "--side", task]
     command += ["--model", options.model, "--rows", str(options.rows)]
-    command += ["--batch-size", str(options.batch_size)]
+    command += ["--batch-size", str(options.batch_size), "--packed", packed]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(told.splitlines()[-1])
 
@@ -135,38 +161,46 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16, help="of lm-eval")
     parser.add_argument("--tasks", default=",".join(FILES))
     parser.add_argument("--side", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--packed", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side is not None:
         path = options.data_dir / FILES[options.side]
-        found = theirs(options.model, options.side, path, options.rows, options.batch_size)
+        loaded = bitsandbytes_model(options.packed)
+        found = theirs(loaded, options.packed, options.side, path, options.rows, options.batch_size)
         print(json.dumps(found))
         return
     stamped = stamp()
     wrong = []
     packed = tempfile.TemporaryDirectory()
-    plain, options.model = options.model, str(Path(packed.name) / "nf4")
-    command = [sys.executable, "-m", "fourbit", "quantize", plain, "-o", options.model]
+    nf4 = str(Path(packed.name) / "nf4")
+    command = [sys.executable, "-m", "fourbit", "quantize", options.model, "-o", nf4]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     for task in options.tasks.split(","):
         path = options.data_dir / FILES[task]
         mine, other = [], []
         for _ in range(options.rounds):
-            mine.append(ours(options.model, task, path, options.rows))
-            other.append(theirs_alone(options, task, path))
-        agreement = compare(mine[-1], other[-1])
+            mine.append(ours(nf4, task, path, options.rows))
+            other.append(theirs_alone(options, task, nf4))
+        truth = theirs(
+            plain_model(nf4, options.model), nf4, task, path, options.rows, options.batch_size
+        )
+        agreement = compare(mine[-1], truth)
+        others = compare(other[-1], truth)
         row = {
             **stamped,
             "task": task,
             "rounds": options.rounds,
             **agreement,
             "acc": mine[-1]["acc"],
-            "acc_lm_eval": other[-1]["acc"],
+            "acc_lm_eval": truth["acc"],
             "acc_norm": mine[-1]["acc_norm"],
-            "acc_norm_lm_eval": other[-1]["acc_norm"],
+            "acc_norm_lm_eval": truth["acc_norm"],
+            "bnb_worst_nats": others["worst_nats"],
+            "bnb_other_choice": others["other_choice"],
             "seconds": round(statistics.median(m["seconds"] for m in mine), 1),
-            "seconds_lm_eval": round(statistics.median(o["seconds"] for o in other), 1),
+            "seconds_lm_eval_bnb": round(statistics.median(o["seconds"] for o in other), 1),
         }
-        row["times_as_fast"] = round(row["seconds_lm_eval"] / row["seconds"], 2)
+        row["times_as_fast"] = round(row["seconds_lm_eval_bnb"] / row["seconds"], 2)
         append("evaluation", row)
         print(json.dumps(row), flush=True)
         same = row["acc"] == row["acc_lm_eval"] and row["acc_norm"] == row["acc_norm_lm_eval"]
