@@ -2,12 +2,13 @@
 
     python benchmarks/evaluation.py --data-dir DIR [--rows 1000] [--rounds 3] [--model FOLDER]
 
-All sides hold the same NF4 weights with double quantization, made by `fourbit quantize`, and compute
-in float32. The truth is lm-eval on the plain model with those weights dequantized; the command fails
-if one likelihood differs from it by more than rounding. Speed is compared with lm-eval on
-bitsandbytes, whose CPU kernels round the scales to bfloat16, so some of its choices are others. DIR
-has hellaswag/val_a.jsonl.gz and arc_easy/val.jsonl.gz; FOLDER is a plain transformers model.
-lm-eval's own functions prepare its rows. Sides take turns; rows go to results/evaluation.csv.
+All sides hold the same NF4 weights with double quantization, made by `fourbit quantize`, and
+compute in float32. The truth is lm-eval on the plain model with those weights dequantized; the
+command fails if one likelihood differs from it by more than rounding. Speed is compared with
+lm-eval on bitsandbytes, whose CPU kernels round the scales to bfloat16, so some of its choices are
+others. DIR has hellaswag/val_a.jsonl.gz and arc_easy/val.jsonl.gz; FOLDER is a plain transformers
+model. lm-eval's own functions prepare its rows. Sides take turns; rows go to
+results/evaluation.csv.
 """
 
 from __future__ import annotations
