@@ -362,6 +362,7 @@ def chat(model: str, **options: Any) -> None:
               help="Of a generated answer.")  # fmt: skip
 @click.option("--prompt", default=None, help="Template over columns for questions, as data.prompt.")
 @click.option("--completion", default=None, help="Template for answers, as data.completion.")
+@click.option("--system", default=None, help="System message of chats that have none.")
 @click.option("--chat-template", default=None, help="Built-in name or .jinja file.")
 @click.option("--include", type=click.Path(path_type=Path), help="Folder of lm-eval task files.")
 @click.option("--items", type=click.Path(path_type=Path), help="Folder for what each item gave.")
@@ -383,7 +384,7 @@ def evaluate(model: str, tasks: tuple[str, ...], as_json: bool, **options: Any) 
 
     items, kind, precision = (options.pop(name) for name in ("items", "quant", "precision"))
     single, blocksize = options.pop("no_double_quant"), options.pop("blocksize")
-    templates = [(k, options.pop(k)) for k in ("prompt", "completion")]
+    templates = [(k, options.pop(k)) for k in ("prompt", "completion", "system")]
     typed = [(name, text) for name, text in templates if text is not None]
     data = load_settings(DataConfig, path=None, overrides=typed)
     chosen = EvalOptions(
@@ -590,13 +591,20 @@ def inspect(model: str, original: str | None, as_json: bool) -> None:
     _show(as_json, values, lines)
 
 
-@cli.command(cls=_Lines, examples="fourbit doctor")
+@cli.command(
+    cls=_Lines,
+    examples="""
+    fourbit doctor
+    fourbit doctor runs/orders
+    """,
+)
+@click.argument("run", type=click.Path(path_type=Path), required=False)
 @_JSON
-def doctor(as_json: bool) -> None:
-    """Says what this machine can do."""
-    from fourbit.doctor import diagnose
+def doctor(run: Path | None, as_json: bool) -> None:
+    """Says what this machine can do; of a run, what went wrong in it and what to change."""
+    from fourbit.doctor import diagnose, diagnose_run
 
-    diagnosis = diagnose()
+    diagnosis = diagnose() if run is None else diagnose_run(run)
     _show(as_json, diagnosis.as_dict(), diagnosis.lines())
 
 

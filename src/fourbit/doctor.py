@@ -1,4 +1,4 @@
-"""What this machine can do for fourbit, and what to change where it cannot."""
+"""What this machine can do for fourbit, what went wrong in a run, and what to change."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fourbit.device import Machine, default_device, machine, resolve_precision
 from fourbit.files import human_bytes
 from fourbit.ops import reference as reference  # registers the ops asked about below
 from fourbit.sources import ALIASES
+from fourbit.training.checkup import RunFinding, check_up
 
 Level = Literal["ok", "note", "warning"]
 
@@ -124,6 +125,49 @@ def diagnose(folder: Path | None = None) -> Diagnosis:
     ]
     versions = {name: _version(name) for name in _PACKAGES}
     return Diagnosis(facts, versions, tuple(f for f in findings if f is not None))
+
+
+@dataclass(frozen=True)
+class RunDiagnosis:
+    """A run, and what went wrong in it."""
+
+    run: Path
+    machine: Machine
+    findings: tuple[RunFinding, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "run": str(self.run),
+            "machine": self.machine.as_dict(),
+            "findings": [finding.as_dict() for finding in self.findings],
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people: three lines a finding."""
+        if not self.findings:
+            return [f"{self.run}: nothing stands out"]
+        lines = []
+        for finding in self.findings:
+            lines += [
+                f"seen:   {finding.symptom}",
+                f"likely: {finding.cause}",
+                f"change: {finding.fix}",
+                "",
+            ]
+        return lines[:-1]
+
+
+def diagnose_run(run: Path) -> RunDiagnosis:
+    """Reads a run's own records.
+
+    Args:
+        run: its directory.
+
+    Raises:
+        InputError: no run is there, or its records are damaged.
+    """
+    return RunDiagnosis(run, machine(), tuple(check_up(run)))
 
 
 def _known(size: int) -> str:

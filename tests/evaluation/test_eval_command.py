@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from commands import fourbit, train_quietly
+from fourbit.training.checkup import check_up
+from models import write_chats
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +104,26 @@ def test_rows_that_a_task_cannot_use_are_named(model_folder, data):
     assert "asked.jsonl:1" in refused(model, "--tasks", f"piqa={data}/asked.jsonl").stderr
     said = refused(model, "--tasks", f"perplexity={data}/book.txt.gz", "--window", "9999999").stderr
     assert "--window" in said
+
+
+def test_a_run_is_asked_as_it_was_trained_and_remembers_it(model_folder, data, tmp_path):
+    model = model_folder("llama")
+    chats = write_chats(tmp_path / "chats.jsonl", 12)
+    section = {"train": str(chats), "eval": 2, "max_length": 128, "system": "Add."}
+    run = train_quietly(tmp_path, model, data=section)
+    asked = ["eval", model, "--tasks", f"exact_match={chats}", "--max-new-tokens", "2", "--json"]
+    prompts = {}
+    for adapter in (run, run / "adapter"):
+        done = fourbit(*asked, "--adapter", adapter)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)["results"]["exact_match"]
+        assert found["prompting"] == {"template": "tokenizer", "system": "Add."}
+        prompts[adapter] = found["prompts_sha256"]
+    assert len(set(prompts.values())) == 1
+    assert check_up(run) == []
+    other = fourbit(*asked, "--adapter", run, "--system", "Subtract.", "--chat-template", "plain")
+    assert other.returncode == 0, other.stderr
+    seen = " ".join(finding.symptom for finding in check_up(run))
+    assert "another system message" in seen
+    assert "another chat template" in seen
+    assert len((run / "evaluations.jsonl").read_text().splitlines()) == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ from fourbit.evaluation.scoring import Scorer
 from fourbit.evaluation.tasks import Material, TaskResult, task_of
 from fourbit.files import replace_file, valid_json
 from fourbit.generate import Generator, open_generator
+from fourbit.rundir import CONFIG
+from fourbit.settings import load_settings
+from fourbit.training.checkup import EVALUATIONS_FILE
+from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
 
 
@@ -101,6 +105,9 @@ def evaluate(
     if not wanted:
         raise InputError("no-tasks", where="--tasks", what="names no task",
                          fix="--tasks hellaswag=rows.jsonl")  # fmt: skip
+    run = None if options.adapter is None else run_of(options.adapter)
+    if run is not None:
+        options = _as_trained(options, run)
     ours, theirs = _material(wanted, options), [name for name, path in wanted if path is None]
     generator = open_generator(
         model,
@@ -122,7 +129,37 @@ def evaluate(
         began = time.perf_counter()
         results |= evaluate_with_lm_eval(name, generator, scorer, options, reporter)
         seconds |= {task: time.perf_counter() - began for task in results if task not in seconds}
-    return EvalResult(model, results, data, seconds, _settings(generator, options))
+    result = EvalResult(model, results, data, seconds, _settings(generator, options))
+    if run is not None:
+        _record(run, result, reporter)
+    return result
+
+
+def run_of(adapter: Path) -> Path | None:
+    """The run directory that an adapter's path names or lies in; None for other adapters."""
+    candidates = (adapter, adapter.parent) if adapter.name == "adapter" else (adapter,)
+    return next((path for path in candidates if (path / CONFIG).is_file()), None)
+
+
+def _as_trained(options: EvalOptions, run: Path) -> EvalOptions:
+    """Questions are put as the run's own rows were, in all that ``options`` leave open."""
+    trained = load_settings(TrainConfig, path=run / CONFIG).value.data
+    keys = ("prompt", "completion", "system")
+    open_keys = {key for key in keys if getattr(options.data, key) is None}
+    if options.data.prompt is not None or options.data.completion is not None:
+        open_keys -= {"prompt", "completion"}  # they only go together
+    found = {key: getattr(trained, key) for key in open_keys}
+    template = options.chat_template if options.chat_template is not None else trained.chat_template
+    return replace(options, data=options.data.model_copy(update=found), chat_template=template)
+
+
+def _record(run: Path, result: EvalResult, reporter: Reporter) -> None:
+    """Keeps what was found with the run, for `fourbit doctor RUN`."""
+    try:
+        with (run / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
+            file.write(valid_json(result.as_dict()) + "\n")
+    except OSError as error:
+        reporter.warn(f"not recorded in {run}: {error.strerror}")
 
 
 def _parse(task: str) -> tuple[str, str | None]:

@@ -395,7 +395,9 @@ class Answers:
             )
         ]
         ordered = {self.first: metrics.pop(self.first), **metrics}
-        facts = {"max_new_tokens": material.max_new_tokens}
+        template = generator.template.name if generator.template is not None else ""
+        asked = {"template": template, "system": material.data.system or ""}
+        facts = {"max_new_tokens": material.max_new_tokens, "prompting": asked}
         return TaskResult(ordered, found.n, "answers", found.prompts_sha256, items, facts)
 
 

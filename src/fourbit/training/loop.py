@@ -126,6 +126,7 @@ class StepPlan:
 class StepResult:
     """One step as it is written to ``metrics.jsonl``.
 
+    ``positions`` counts padding too; ``update_seconds`` are those of the optimizer;
     ``memory_bytes`` is the highest of the step; ``updated`` is False for a skipped update;
     ``paths`` counts the decoder layers by how their last forward was computed
     (`fourbit.fused.paths`).
@@ -138,8 +139,10 @@ class StepResult:
     grad_norm: float
     tokens: int
     supervised_tokens: int
+    positions: int
     tokens_per_second: float
     seconds: float
+    update_seconds: float
     memory_bytes: int | None
     updated: bool
     paths: dict[str, int]
@@ -242,8 +245,10 @@ class TrainLoop:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss, grad_norm = self._backward(step, batches, supervised)
+        computed = time.perf_counter()
         updated = self._update(step, loss, grad_norm, batches)
-        seconds = time.perf_counter() - began
+        ended = time.perf_counter()
+        seconds = ended - began
         self.state.step = step
         self.state.tokens += tokens
         self.state.supervised_tokens += supervised
@@ -256,8 +261,10 @@ class TrainLoop:
             grad_norm=grad_norm,
             tokens=tokens,
             supervised_tokens=supervised,
+            positions=sum(batch.input_ids.numel() for batch in batches),
             tokens_per_second=round(tokens / seconds, 2),
             seconds=round(seconds, 4),
+            update_seconds=round(ended - computed, 4),
             memory_bytes=devices.peak_memory(self.objective.device),
             updated=updated,
             paths=paths(self.objective.model),

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from fourbit import __version__, arena, checkpoint, planning
 from fourbit import device as devices
 from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
-from fourbit.errors import EnvironmentFault, FourbitError, InputError
+from fourbit.errors import EnvironmentFault, FourbitError, InputError, Interrupted, Preempted
 from fourbit.files import human_bytes
 from fourbit.generate import Generator, Sampling, pad_id
 from fourbit.integrations.transformers import enable_checkpointing
@@ -47,6 +47,7 @@ from fourbit.training.adapter import (
     trainable_state,
 )
 from fourbit.training.card import model_card
+from fourbit.training.checkup import check_up
 from fourbit.training.config import TrainConfig
 from fourbit.training.loop import LoopState, StepResult, TrainLoop
 from fourbit.training.progress import Reporter
@@ -138,14 +139,19 @@ def train(
                 return run.execute()
             except FourbitError as error:
                 folder.log(error.line())
+                if not isinstance(error, (Interrupted, Preempted, InputError)):
+                    run.check_up()
                 raise
             except Exception as error:
                 import traceback
 
                 folder.log(traceback.format_exc())
-                if devices.is_out_of_memory(error):
-                    raise _out_of_memory(error, config.output) from error
-                raise
+                if not devices.is_out_of_memory(error):
+                    raise
+                known = _out_of_memory(error, config.output)
+                folder.log(known.line())
+                run.check_up()
+                raise known from error
 
 
 def _out_of_memory(error: BaseException, where: str) -> EnvironmentFault:
@@ -224,7 +230,18 @@ class _Run:
         result = self.result(receipt)
         self.tracker.close()
         receipt.require(where=str(self.folder.path))
+        self.check_up()
         return result
+
+    def check_up(self) -> None:
+        """Says what went wrong, where the run's own records show it."""
+        try:
+            found = check_up(self.folder.path)
+        except FourbitError as error:  # what ended the run matters more than what can be read of it
+            self.folder.log(f"no check-up: {error.line()}")
+            return
+        for finding in found:
+            self.say.warn(finding.line())
 
     def _write_plan(self) -> None:
         self.folder.write_json(
