@@ -38,6 +38,7 @@ FLOORS = [
     {"planning"},
     {"training"},
     {"evaluation"},
+    {"comparison"},
     {"verification", "quantizing"},
     {"merging"},
     {"api", "doctor", "exporting", "inspection", "demo"},

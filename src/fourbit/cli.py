@@ -183,6 +183,60 @@ def plan(
     _show(as_json, result.as_dict(), lines)
 
 
+@cli.command(
+    cls=_TrainCommand,
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    examples="""
+    fourbit compare config.yaml --methods full,lora,qlora -o compared
+    fourbit compare config.yaml --methods qlora,qlora-fp4,qlora-int8,qlora-nf4-single -o formats
+    fourbit compare config.yaml --methods qlora-r4,qlora-r16,qlora-attention -o ranks --seeds 5
+    fourbit compare config.yaml --methods lora,qlora --tasks exact_match=test.jsonl -o tasks
+    fourbit compare config.yaml --methods lora,qlora --text book.txt -o forgotten
+    fourbit compare config.yaml --methods qlora --variant "slow=full --optim.lr 1e-5" -o y
+    """,
+)
+@click.argument("settings", nargs=-1, type=click.UNPROCESSED, metavar="[CONFIG.yaml] [--key value]")
+@click.option("--methods", required=True, help="The first is what the others are compared with.")
+@click.option("--variant", multiple=True, metavar="'NAME=METHOD --key value'",
+              help="One more, with settings of its own.")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--seeds", type=click.IntRange(1, 100), default=3, show_default=True,
+              help="Runs of each method.")  # fmt: skip
+@click.option("--tasks", multiple=True, metavar="NAME=FILE", help="As for fourbit eval.")
+@click.option("--text", type=click.Path(path_type=Path),
+              help="General text: perplexity before and after.")  # fmt: skip
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True,
+              help="Tokens of a perplexity window.")  # fmt: skip
+@click.option("--limit", type=click.IntRange(1), default=None, help="Rows of each task.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True,
+              help="Of a generated answer.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Move an earlier comparison aside.")
+@_JSON
+def compare(
+    settings: tuple[str, ...],
+    methods: str,
+    variant: tuple[str, ...],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Trains the same data by several methods and seeds: quality, memory, speed; table and page."""
+    from fourbit.comparison import CompareOptions, parse_variants
+    from fourbit.comparison import compare as run_comparison
+    from fourbit.training.progress import Reporter
+
+    path, overrides = _split(settings)
+    result = run_comparison(
+        path,
+        overrides,
+        parse_variants(methods, variant),
+        options=CompareOptions(**options),
+        reporter=Reporter(),
+    )
+    folder = options["output"]
+    pages = [f"page: {folder / 'compare.html'}", f"picture: {folder / 'compare.png'}"]
+    _show(as_json, {**result.as_dict(), "output": str(folder)}, [*result.lines(), *pages])
+
+
 @cli.command(cls=_Lines, examples="fourbit verify runs/orders")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--no-base", is_flag=True, help="Do not load the base model again.")

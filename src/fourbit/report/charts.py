@@ -20,6 +20,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 16, 54
 _BUCKETS = 250
 _HUGE, _TINY = 1e100, 1e-30
 _BAR_HEIGHT, _BAR_STEP = 34, 74
+_SPAN_STEP = 54
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,18 @@ class Series:
         points: in order of steps.
         kind: ``line``, ``faint`` (behind a line), ``dots`` (few points, joined) or ``limit``
             (dashed).
+        tone: which of the page's colours, for curves that are compared; None: that of its kind.
     """
 
     label: str
     points: Sequence[Point]
     kind: Literal["line", "faint", "dots", "limit"] = "line"
+    tone: int | None = None
+
+    @property
+    def style(self) -> str:
+        """Its classes."""
+        return f"curve {self.kind}" + ("" if self.tone is None else f" tone-{self.tone}")
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,7 @@ def _curve(series: Series, frame: _Frame) -> str:
             continue
         path.append(f"{'L' if pen_down else 'M'}{frame.x(step):.1f} {frame.y(value):.1f}")
         pen_down = True
-    out = f'<path class="curve {series.kind}" d="{"".join(path)}"/>'
+    out = f'<path class="{series.style}" d="{"".join(path)}"/>'
     if len(path) == 1 and series.kind == "line":
         # A path of one point draws nothing.
         place = path[0][1:].split()
@@ -192,7 +200,7 @@ def _legend(series: Sequence[Series]) -> str:
     rows = []
     for s in series:
         dot = '<circle class="dot" cx="14" cy="6" r="4"/>' if s.kind == "dots" else ""
-        mark = f'<path class="curve {s.kind}" d="M2 6H26"/>{dot}'
+        mark = f'<path class="{s.style}" d="M2 6H26"/>{dot}'
         rows.append(
             f'<li><svg class="key" viewBox="0 0 28 12" aria-hidden="true">{mark}</svg>'
             f"{html.escape(s.label)}</li>"
@@ -230,6 +238,57 @@ def stacked_bars(bars: Sequence[Bar], *, summary: str) -> str:
             )
             x += width
     return _svg(_BAR_STEP * len(bars), "".join(body), summary)
+
+
+@dataclass(frozen=True)
+class Span:
+    """One value with its interval: its heading, the value, half the interval (NaN: none)."""
+
+    heading: str
+    value: float
+    half: float
+    tone: int
+
+
+def interval_chart(spans: Sequence[Span], *, summary: str, before: float | None = None) -> str:
+    """A dot and a bar for each, one under the other, on one scale.
+
+    Args:
+        spans: in order.
+        summary: what the picture shows, in words.
+        before: a dashed line, where things began.
+    """
+    ends = [
+        s.value + side * (0 if math.isnan(s.half) else s.half) for s in spans for side in (-1, 1)
+    ]
+    ends += [] if before is None else [before]
+    low, high = min(ends), max(ends)
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), _TINY):
+        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
+    levels = ticks(low, high)
+    low, high = levels[0], levels[-1]
+
+    def x(value: float) -> float:
+        return 8 + (value - low) / (high - low) * (_WIDTH - 60)
+
+    bottom, body = _SPAN_STEP * len(spans), []
+    for level in levels:
+        body.append(f'<path class="grid" d="M{x(level):.1f} 0V{bottom}"/>')
+        label = tick_text(level, levels[1] - levels[0])
+        place = f'x="{x(level):.1f}" y="{bottom + 22}"'
+        body.append(f'<text {place} text-anchor="middle">{label}</text>')
+    if before is not None:
+        body.append(f'<path class="curve limit" d="M{x(before):.1f} 0V{bottom}"/>')
+    for row, span in enumerate(spans):
+        y = row * _SPAN_STEP + 40
+        body.append(f'<text x="0" y="{y - 16}">{html.escape(span.heading)}</text>')
+        if not math.isnan(span.half):
+            left, right = x(span.value - span.half), x(span.value + span.half)
+            body.append(
+                f'<path class="curve line tone-{span.tone}" d="M{left:.1f} {y}H{right:.1f}"/>'
+            )
+        body.append(f'<circle class="fill-{span.tone}" cx="{x(span.value):.1f}" cy="{y}" r="6"/>')
+    return _svg(bottom + 30, "".join(body), summary)
 
 
 def _svg(height: int, body: str, summary: str) -> str:

@@ -24,6 +24,36 @@ def html_section(title: str, body: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{body}\n</section>" if body else ""
 
 
+def html_page(title: str, *, maker: str, lead: str, body: str, css: str) -> str:
+    """A whole page that needs no network: ``lead``, ``body`` and ``css`` are HTML and CSS of ours.
+
+    Args:
+        title: of the page; escaped.
+        maker: what made it, above the title.
+        lead: what matters most, under the title.
+        body: the sections.
+        css: the look.
+    """
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{plain(title)}</title>\n<style>{css}</style>\n</head>\n<body>\n"
+        f'<header>\n<p class="maker">{maker}</p>\n<h1>{shown_text(title)}</h1>\n'
+        f"{lead}\n</header>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def figure(caption: str, picture: str, *, wide: bool = False) -> str:
+    """A picture under its caption; empty without a picture."""
+    if not picture:
+        return ""
+    style = ' class="wide"' if wide else ""
+    return f"<figure{style}><figcaption>{caption}</figcaption>{picture}</figure>"
+
+
 def remark(words: str) -> str:
     """A sentence beside the facts; ``words`` are ours and not escaped."""
     return f'<p class="note">{words}</p>'

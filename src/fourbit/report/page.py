@@ -27,6 +27,8 @@ from fourbit.report.markup import (
     LONGEST,
     duration,
     facts_table,
+    figure,
+    html_page,
     html_section,
     html_table,
     long_text,
@@ -56,7 +58,6 @@ def write_report(path: Path, content: ReportContent) -> None:
 
 def _page(content: ReportContent) -> str:
     verified, verdict = _verdict(content.receipt)
-    title = shown_text(content.title)
     style = "good" if verified else "bad"
     sections = (
         _figures(content),
@@ -68,18 +69,9 @@ def _page(content: ReportContent) -> str:
         _configuration(content),
         html_section("Machine", facts_table(content.machine, "Where the run was made")),
     )
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{plain(content.title)}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f'<header>\n<p class="maker">fourbit training report</p>\n<h1>{title}</h1>\n'
-        f'<p class="verdict {style}">{verdict}</p>\n</header>\n<main>\n'
-        + "\n".join(part for part in sections if part)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    body = "\n".join(part for part in sections if part)
+    lead = f'<p class="verdict {style}">{verdict}</p>'
+    return html_page(content.title, maker="fourbit training report", lead=lead, body=body, css=CSS)
 
 
 def _verdict(receipt: Mapping[str, Any]) -> tuple[bool, str]:
@@ -161,11 +153,11 @@ def _curves(content: ReportContent) -> str:
     rate = [Series("learning rate", curve_points(metrics, "lr"))]
     speed = smoothed(curve_points(metrics, "tokens_per_second"), "tokens per second")
     figures = (
-        _figure("Loss", line_chart(loss, summary=_told("Loss", loss)), wide=True),
-        _figure(
+        figure("Loss", line_chart(loss, summary=_told("Loss", loss)), wide=True),
+        figure(
             "Learning rate", line_chart(rate, summary=_told("Learning rate", rate), from_zero=True)
         ),
-        _figure(
+        figure(
             "Speed, tokens per second",
             line_chart(speed, summary=_told("Speed", speed), from_zero=True),
         ),
@@ -186,13 +178,6 @@ def _told(name: str, series: Sequence[Series]) -> str:
                 f"{one.label} from {start:.4g} at step {first:.0f} to {end:.4g} at step {last:.0f}"
             )
     return f"{name}: " + "; ".join(told)
-
-
-def _figure(caption: str, picture: str, *, wide: bool = False) -> str:
-    if not picture:
-        return ""
-    style = ' class="wide"' if wide else ""
-    return f"<figure{style}><figcaption>{caption}</figcaption>{picture}</figure>"
 
 
 def _memory(content: ReportContent) -> str:
@@ -224,7 +209,7 @@ def _planned_bars(caption: str, plans: Mapping[str, Any]) -> str:
     if not bars:
         return ""
     summary = f"{caption}: " + ", ".join(bar.heading for bar in bars)
-    return _figure(caption, stacked_bars(bars, summary=summary))
+    return figure(caption, stacked_bars(bars, summary=summary))
 
 
 def _memory_curve(metrics: Sequence[Mapping[str, Any]], planned: float | None) -> str:
@@ -238,7 +223,7 @@ def _memory_curve(metrics: Sequence[Mapping[str, Any]], planned: float | None) -
         level = planned / scale
         series.append(Series("planned peak", [(0.0, level), (points[-1][0], level)], "limit"))
     summary = _told(f"Memory in {unit}", series)
-    return _figure(
+    return figure(
         f"Memory over the steps, {unit}", line_chart(series, summary=summary, from_zero=True)
     )
 
@@ -253,7 +238,7 @@ def _memory_bars(parts: Mapping[str, float], planned: float | None, measured: fl
     if measured:
         bars.append(Bar(f"measured {human_bytes(measured)}", [("part-measured", measured)]))
     summary = "Peak memory: " + ", ".join(bar.heading for bar in bars)
-    return _figure("Peak, planned by part and measured", stacked_bars(bars, summary=summary))
+    return figure("Peak, planned by part and measured", stacked_bars(bars, summary=summary))
 
 
 def _part_style(name: str) -> str:

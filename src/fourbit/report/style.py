@@ -19,6 +19,10 @@ _LIGHT = " ".join(f"--p{number}: {color};" for number, color in enumerate(PART_C
 
 CSS = (
     f":root {{ {_LIGHT} }}"
+    + "".join(
+        f".curve.tone-{n} {{ stroke: var(--p{n}); }} .fill-{n} {{ fill: var(--p{n}); }} "
+        for n in range(len(PART_COLORS))
+    )
     + """
 :root {
   --page: #ffffff; --panel: #f5f7f9; --ink: #1b2129; --soft: #57616d; --rule: #d5dbe2;
@@ -93,6 +97,9 @@ tr { break-inside: avoid; }
 .checks td:first-child { width: 5rem; font-weight: 600; }
 .checks td:nth-child(2) { width: 16rem; }
 .samples { table-layout: fixed; }
+.compared td { font-variant-numeric: tabular-nums; }
+.compared td:first-child { font-weight: 600; }
+ul.verdict { padding-left: 1.9rem; }
 .text { white-space: pre-wrap; }
 .samples .text, code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas,
   "Liberation Mono", monospace; font-size: .84375rem; }
@@ -107,15 +114,18 @@ details { margin-top: .3rem; }
   .figures { grid-template-columns: repeat(2, minmax(0, 1fr)); }
   .figures dd { font-size: 1.05rem; }
   .samples, .samples tbody, .samples tr, .samples td, .checks, .checks tbody, .checks tr,
-  .checks td { display: block; width: auto; }
-  .samples thead, .checks thead { position: absolute; width: 1px; height: 1px; overflow: hidden;
-    clip-path: inset(50%); }
-  .samples tr, .checks tr { padding: .6rem 0; border-bottom: 2px solid var(--rule); }
+  .checks td, .compared, .compared tbody, .compared tr { display: block; width: auto; }
+  .compared td { display: flex; justify-content: space-between; gap: 1rem; padding: .15rem 0;
+    border: 0; }
+  .compared td div { text-align: right; }
+  .samples thead, .checks thead, .compared thead { position: absolute; width: 1px;
+    height: 1px; overflow: hidden; clip-path: inset(50%); }
+  .samples tr, .checks tr, .compared tr { padding: .6rem 0; border-bottom: 2px solid var(--rule); }
   .samples td, .checks td, .checks td:first-child, .checks td:nth-child(2) { width: auto;
     padding: .2rem 0; border: 0; }
-  .samples td::before { content: attr(data-label); color: var(--soft); font-size: .8125rem;
-    font-weight: 600; }
-  .samples caption, .checks caption { display: block; }
+  .samples td::before, .compared td::before { content: attr(data-label); color: var(--soft);
+    font-size: .8125rem; font-weight: 600; }
+  .samples caption, .checks caption, .compared caption { display: block; }
   .facts td:first-child { width: 45%; }
 }
 @media print {

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fourbit.files import replace_file
-from fourbit.report.content import PARTS, ReportContent, is_share, loss_series, score_pairs
+from fourbit.report.charts import running_mean
+from fourbit.report.comparison import ComparisonContent
+from fourbit.report.content import (
+    PARTS,
+    ReportContent,
+    curve_points,
+    is_share,
+    loss_series,
+    score_pairs,
+)
 from fourbit.report.style import PART_COLORS
 
 if TYPE_CHECKING:
@@ -84,6 +93,74 @@ def plot_summary(path: Path, content: ReportContent) -> None:
     else:
         _plot_loss(figure.add_subplot(), content.metrics)
     _write(path, canvas)
+
+
+def plot_comparison(path: Path, content: ComparisonContent) -> None:
+    """Writes one picture (1200 x 900 pixels, PNG): quality with intervals, losses, memory.
+
+    Args:
+        path: the file to write; replaced as a whole.
+        content: as for the page.
+
+    Raises:
+        EnvironmentFault: the disk refused.
+    """
+    figure, canvas = _canvas(12, 9)
+    grid = figure.add_gridspec(2, 2)
+    _plot_quality(figure.add_subplot(grid[0, 0]), content)
+    _plot_memory(figure.add_subplot(grid[0, 1]), content)
+    _plot_losses(figure.add_subplot(grid[1, :]), content)
+    _write(path, canvas)
+
+
+def _plot_quality(axes: Axes, content: ComparisonContent) -> None:
+    task = next((name for name in content.tasks if name != "perplexity"), None)
+    rows = []
+    for method in content.methods:
+        found = method.row.get("eval_loss")
+        found = (method.row.get("scores") or {}).get(task) if task else found
+        if found and found.get("value") is not None:
+            rows.append((method.name, found["value"], found.get("half") or 0.0))
+    for place, (_, value, half) in enumerate(rows):
+        color = PART_COLORS[place % (len(PART_COLORS) - 1)]
+        axes.errorbar(value, place, xerr=half, fmt="o", color=color, markersize=9, capsize=4)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows], fontsize=12)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    title = content.tasks[task] if task else "evaluation loss"
+    axes.set_title(f"{title}, 95% over seeds", fontsize=14, loc="left")
+    _tidy(axes)
+    axes.grid(axis="x", color="#e3e6ea")
+
+
+def _plot_memory(axes: Axes, content: ComparisonContent) -> None:
+    found = [
+        (method.name, (method.row.get("peak_memory_bytes") or 0) / 1e9)
+        for method in content.methods
+    ]
+    colors = [PART_COLORS[i % (len(PART_COLORS) - 1)] for i in range(len(found))]
+    bars = axes.barh(range(len(found)), [size for _, size in found], 0.6, color=colors)
+    axes.bar_label(bars, labels=[f"{size:.2f} GB" for _, size in found], padding=4, fontsize=12)
+    axes.set_yticks(range(len(found)), [name for name, _ in found], fontsize=12)
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlim(0, 1.25 * max((size for _, size in found), default=1.0) or 1.0)
+    axes.set_title("measured peak memory", fontsize=14, loc="left")
+    _tidy(axes)
+    axes.grid(axis="y", visible=False)
+
+
+def _plot_losses(axes: Axes, content: ComparisonContent) -> None:
+    for place, method in enumerate(content.methods):
+        points = curve_points([line for line in method.curve if "lr" in line], "loss")
+        mean = running_mean(points, max(1, len(points) // 20))
+        values = [float("nan") if value is None else value for _, value in mean]
+        color = PART_COLORS[place % (len(PART_COLORS) - 1)]
+        axes.plot([s for s, _ in mean], values, label=method.name, color=color, linewidth=2)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=12)
+    axes.set_xlabel("step", fontsize=13)
+    axes.set_title("training loss, first seed, running mean", fontsize=14, loc="left")
+    _tidy(axes)
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, FigureCanvasAgg]:

@@ -1,0 +1,349 @@
+"""Trains and measures every method with every seed, each in a process of its own.
+
+A process each, because a peak of memory is the process's: what one run leaves in the allocator
+would count for the next. What is finished is on disk, so a comparison that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourbit.comparison.results import Comparison, Outcome
+from fourbit.comparison.variants import Variant, held
+from fourbit.errors import EnvironmentFault, FourbitError, InputError, Interrupted, Preempted
+from fourbit.evaluation.run import split_tasks
+from fourbit.files import replace_file, valid_json
+from fourbit.methods import quantized_base
+from fourbit.rundir import RunDir, check_path
+from fourbit.settings import Resolved, dump_settings, replaced
+from fourbit.training.config import TrainConfig
+from fourbit.training.progress import Reporter
+from fourbit.training.reporting import flatten
+from fourbit.training.signals import SignalGuard
+
+STATE = "compare.json"
+_STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)
+_NOT_COMPARED = {"output", "resume", "seed"}
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """How methods are compared.
+
+    Attributes:
+        output: folder of everything.
+        seeds: runs of each method; seeds count from the configuration's.
+        tasks: as for `fourbit eval`, asked of every tuned model and of the untouched ones.
+        text: general text whose perplexity shows what fine-tuning made the model forget.
+        window: tokens of a perplexity window.
+        limit: rows of each task.
+        max_new_tokens: of generated answers.
+        overwrite: move an earlier comparison aside.
+    """
+
+    output: Path
+    seeds: int = 3
+    tasks: Sequence[str] = ()
+    text: Path | None = None
+    window: int = 512
+    limit: int | None = None
+    max_new_tokens: int = 128
+    overwrite: bool = False
+
+
+def compare(
+    path: Path | None,
+    overrides: Sequence[tuple[str, str]],
+    variants: Sequence[Variant],
+    *,
+    options: CompareOptions,
+    reporter: Reporter,
+) -> Comparison:
+    """Trains and measures; writes ``compare.json``, ``compare.html`` and ``compare.png``.
+
+    Args:
+        path: configuration of the runs, or None.
+        overrides: settings over it, as on the command line of `fourbit train`.
+        variants: the methods; the others are compared with the first.
+        options: how.
+        reporter: progress.
+
+    Raises:
+        InputError: a setting, a task or the output folder cannot be used.
+        Interrupted, Preempted: stopped; the same command goes on.
+    """
+    check_path(options.output)
+    configs = {variant.name: variant.config(path, overrides) for variant in variants}
+    job = _Job(variants, configs, options, reporter)
+    with SignalGuard():
+        job.open()
+        return job.run()
+
+
+class _Job:
+    """A comparison under way."""
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        configs: Mapping[str, TrainConfig],
+        options: CompareOptions,
+        reporter: Reporter,
+    ) -> None:
+        self.variants, self.configs, self.options, self.say = variants, configs, options, reporter
+        self.folder = options.output
+        self.others: dict[str, Any] = {}
+        self.tasks = split_tasks(options.tasks)
+        if options.text is not None:
+            self.tasks = [*self.tasks, f"perplexity={options.text}"]
+        self.comparison = Comparison(
+            [variant.name for variant in variants],
+            {name: flatten(config.model_dump(mode="json")) for name, config in configs.items()},
+            text=None if options.text is None else options.text.name,
+        )
+
+    def open(self) -> None:
+        """Takes the folder, or goes on with what is there."""
+        state = self.folder / STATE
+        wanted = self._identity()
+        if state.is_file() and not self.options.overwrite:
+            try:
+                found = json.loads(state.read_text(encoding="utf-8")).get("identity")
+            except (ValueError, AttributeError):
+                found = None
+            changed = _first_difference(found, json.loads(valid_json(wanted)))
+            if not changed:
+                self._keep_others(found)
+            if changed:
+                raise InputError(
+                    "output-exists",
+                    where=str(self.folder),
+                    what=f"holds another comparison ({changed})",
+                    fix="choose another --output, or --overwrite moves it aside",
+                )
+        elif self.folder.is_dir() and any(self.folder.iterdir()):
+            if not state.is_file():
+                raise InputError(
+                    "not-a-comparison",
+                    where=str(self.folder),
+                    what="holds files that are not of a comparison",
+                    fix="choose an empty or new output folder",
+                )
+            number = 1
+            while (aside := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
+                number += 1
+            self.folder.rename(aside)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError("bad-path", where=str(self.folder), what=str(error.strerror),
+                             fix="choose another output folder") from None  # fmt: skip
+        self._write()
+
+    def _keep_others(self, found: Mapping[str, Any]) -> None:
+        """The settings of methods that an earlier command compared are remembered."""
+        self.others = {k: v for k, v in found["settings"].items() if k not in self.configs}
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for results to stand beside each other.
+
+        Methods and seeds may be added.
+        """
+        settings = {
+            name: {k: v for k, v in flat.items() if k not in _NOT_COMPARED}
+            for name, flat in self.comparison.settings.items()
+        }
+        return {
+            "settings": {**self.others, **settings},
+            "tasks": self.tasks,
+            "limit": self.options.limit,
+            "window": self.options.window,
+            "max_new_tokens": self.options.max_new_tokens,
+        }
+
+    def _write(self) -> None:
+        values = {"identity": self._identity(), **self.comparison.as_dict()}
+        replace_file(self.folder / STATE, (valid_json(values, indent=2) + "\n").encode())
+
+    def run(self) -> Comparison:
+        """Everything that is not finished yet."""
+        first = next(iter(self.configs.values())).seed
+        seeds = range(first, first + self.options.seeds)
+        todo = [(seed, variant.name) for seed in seeds for variant in self.variants]
+        began, made = time.monotonic(), 0
+        for number, (seed, name) in enumerate(todo, 1):
+            stored = self.folder / "results" / f"{name}-seed{seed}.json"
+            outcome = Outcome.read(stored)
+            if outcome is None:
+                left = ""
+                if made:
+                    rest = (time.monotonic() - began) / made * (len(todo) - number + 1)
+                    left = f", about {max(1, round(rest / 60))} min left"
+                self.say.line(f"[{number}/{len(todo)}] {name}, seed {seed}{left}")
+                outcome = self._one(name, seed)
+                made += 1
+                stored.parent.mkdir(exist_ok=True)
+                replace_file(stored, valid_json(outcome.as_dict()).encode())
+            self.comparison.add(name, seed, outcome)
+            self._write()
+            self._show()
+        return self.comparison
+
+    def _show(self) -> None:
+        from fourbit.report import plot_comparison, write_comparison
+
+        content = self.comparison.content(self.folder.name)
+        write_comparison(self.folder / "compare.html", content)
+        plot_comparison(self.folder / "compare.png", content)
+
+    def _one(self, name: str, seed: int) -> Outcome:
+        config = self.configs[name]
+        try:
+            before = self._untouched(config)
+            run = self.folder / name / f"seed-{seed}"
+            trained = self._train(config, name, seed, run)
+            after = self._measured(config, run, f"{name}-seed{seed}")
+        except _Failed as failure:
+            self.say.warn(f"{name}, seed {seed}: {failure.line}")
+            return Outcome(failed=failure.line)
+        metrics = RunDir(run).read_metrics()
+        plan = json.loads((run / "plan.json").read_text(encoding="utf-8")).get("plan", {})
+        return Outcome(trained, before, after, metrics, plan)
+
+    def _train(self, config: TrainConfig, name: str, seed: int, run: Path) -> dict[str, Any]:
+        value = replaced(config, {"output": str(run), "seed": seed})
+        path = self.folder / "configs" / f"{name}-seed{seed}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(dump_settings(Resolved(value, {})), encoding="utf-8")
+        return self._child("train", path, "--resume", "auto", "--json")
+
+    def _untouched(self, config: TrainConfig) -> dict[str, Any]:
+        """The scores of the base as this run holds it: measured once for each way of holding."""
+        if not self.tasks:
+            return {}
+        kind = held(config)
+        path = self.folder / "untouched" / f"{kind}.json"
+        if not path.is_file():
+            self.say.line(f"the untouched model, held as {kind}")
+            found = self._asked(config, [], path.with_suffix(""))
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, valid_json(found).encode())
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _measured(self, config: TrainConfig, run: Path, name: str) -> dict[str, Any]:
+        if not self.tasks:
+            return {}
+        adapter = [] if config.method == "full" else ["--adapter", run]
+        return self._asked(config, adapter, self.folder / "items" / name, run=run)
+
+    def _asked(
+        self, config: TrainConfig, adapter: Sequence[object], items: Path, run: Path | None = None
+    ) -> dict[str, Any]:
+        """What `fourbit eval` finds, with what each item gave."""
+        options = self.options
+        tuned = config.method == "full" and run is not None
+        words: list[object] = ["eval", run / "adapter" if run and tuned else config.model, *adapter]
+        words += ["--quant", config.quant.quant_type if quantized_base(config.method) else "none"]
+        if quantized_base(config.method) and config.quant.quant_type != "int8":
+            words += ["--blocksize", config.quant.blocksize]
+            words += [] if config.quant.double_quant else ["--no-double-quant"]
+        for task in self.tasks:
+            words += ["--tasks", task]
+        words += ["--precision", config.precision, "--window", options.window]
+        words += ["--max-new-tokens", options.max_new_tokens, "--items", items, "--json"]
+        words += [] if options.limit is None else ["--limit", options.limit]
+        for key in ("prompt", "completion", "system"):
+            value = getattr(config.data, key)
+            words += [] if value is None else [f"--{key}", value]
+        if config.data.chat_template is not None:
+            words += ["--chat-template", config.data.chat_template]
+        found = self._child(*words)["results"]
+        return {
+            name: {**one, "each": _each(items / f"{name}.jsonl")} for name, one in found.items()
+        }
+
+    def _child(self, *words: object) -> dict[str, Any]:
+        """A command of ours in a process of its own; its progress goes to our stderr.
+
+        Raises:
+            _Failed: it ended with an error of that run alone.
+            Interrupted, Preempted: it was stopped, or we were.
+        """
+        command = [sys.executable, "-m", "fourbit", *map(str, words)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            try:
+                out, _ = child.communicate()
+            except BaseException:
+                child.send_signal(signal.SIGTERM)
+                child.wait()
+                raise
+        if child.returncode in _STOPPED:
+            kind = Interrupted if child.returncode in (130, -signal.SIGINT) else Preempted
+            raise kind(
+                "interrupted",
+                where=str(self.folder),
+                what="stopped; what is finished stays",
+                fix="the same command goes on",
+            )
+        try:
+            told = json.loads(out.strip().splitlines()[-1])
+        except (ValueError, IndexError):
+            told = {}
+        if child.returncode or "error" in told:
+            raise _Failed(child.returncode, told.get("error") or {})
+        return told
+
+
+class _Failed(Exception):
+    """A run that ended with an error; the others go on."""
+
+    def __init__(self, code: int, error: Mapping[str, Any]) -> None:
+        known = FourbitError(
+            str(error.get("code", "ended")),
+            where=str(error.get("where", "the run")),
+            what=str(error.get("what", f"ended with exit code {code}")),
+            fix=str(error.get("fix", "")),
+        )
+        super().__init__(code)
+        self.line = known.line()
+
+
+def _each(path: Path) -> list[dict[str, Any]]:
+    """What an evaluation wrote about its items.
+
+    Raises:
+        EnvironmentFault: the file cannot be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise EnvironmentFault(
+            "damaged-record",
+            where=str(path),
+            what=str(error),
+            fix="remove it, and start the comparison again",
+        ) from None
+
+
+def _first_difference(found: Any, wanted: Any, where: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        # a method that only one of the two has changes nothing for the others
+        keys = found.keys() & wanted.keys() if where == "settings" else found.keys() | wanted.keys()
+        for key in sorted(keys):
+            told = _first_difference(
+                found.get(key), wanted.get(key), f"{where}, {key}" if where else key
+            )
+            if told:
+                return told
+        return ""
+    return "" if found == wanted else f"{where}: {found!r}, now {wanted!r}"
