@@ -269,7 +269,7 @@ def interval_chart(spans: Sequence[Span], *, summary: str, before: float | None 
     low, high = levels[0], levels[-1]
 
     def x(value: float) -> float:
-        return 8 + (value - low) / (high - low) * (_WIDTH - 60)
+        return 36 + (value - low) / (high - low) * (_WIDTH - 88)
 
     bottom, body = _SPAN_STEP * len(spans), []
     for level in levels:

@@ -99,6 +99,7 @@ tr { break-inside: avoid; }
 .samples { table-layout: fixed; }
 .compared td { font-variant-numeric: tabular-nums; }
 .compared td:first-child { font-weight: 600; }
+table + .charts { margin-top: 1.4rem; }
 ul.verdict { padding-left: 1.9rem; }
 .text { white-space: pre-wrap; }
 .samples .text, code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas,
