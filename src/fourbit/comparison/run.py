@@ -120,7 +120,7 @@ class _Job:
             except (ValueError, AttributeError):
                 found = None
             changed = _first_difference(found, json.loads(valid_json(wanted)))
-            if not changed:
+            if not changed and found is not None:
                 self._keep_others(found)
             if changed:
                 raise InputError(

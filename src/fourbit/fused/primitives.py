@@ -1,7 +1,8 @@
 """Norms, rotation, activations and dropout into given buffers, forward and backward.
 
-Each is one pass of a native kernel on a CPU; the plain PyTorch form beside it is the truth, and
-serves where there is no library. All take float32 or bfloat16; statistics are float32.
+Each is one pass of a native kernel on a CPU and of a Triton kernel on a GPU; the plain PyTorch form
+beside them is the truth, and serves where neither is. All take float32 or bfloat16; statistics are
+float32.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from fourbit import native, ops
 from fourbit.fused.parts import Norm
 from fourbit.ops.cpu.dropout import run_dropout
+from fourbit.ops.triton import serves
 
 _KINDS = {"silu": 0, "gelu_tanh": 1}
 
@@ -44,6 +46,11 @@ def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: i
             sizes = (native.address(statistics), x.shape[0], width, norm.eps)
             _call("layer_norm", "pppppllf", x, *pointers, *sizes)
             return
+        if serves(x, y):
+            from fourbit.ops.triton import norms
+
+            norms.layer_norm(x, norm.weight, norm.bias, y, statistics, eps=norm.eps)
+            return
         wide = x.float()
         mean = wide.mean(1, keepdim=True)
         rstd = torch.rsqrt((wide - mean).square().mean(1, keepdim=True) + norm.eps)
@@ -54,6 +61,12 @@ def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: i
         pointers = native.addresses(x, norm.weight, y, statistics)
         sizes = (x.shape[0], groups, width, x.stride(0), y.stride(0), norm.eps, norm.offset)
         _call("rms_norm", "pppplllllff", x, *pointers, *sizes)
+        return
+    if serves(x, y):
+        from fourbit.ops.triton import norms
+
+        shape = {"eps": norm.eps, "shift": norm.offset, "groups": groups}
+        norms.rms_norm(x, norm.weight, y, statistics, **shape)
         return
     wide = x.float().reshape(-1, groups, width)
     rstd = torch.rsqrt(wide.square().mean(2, keepdim=True) + norm.eps)
@@ -90,6 +103,11 @@ def normalize_backward(
             rest = (native.address(statistics), extra, native.address(dx), x.shape[0], width)
             _call("layer_norm_backward", "ppppppll", x, *pointers, *rest)
             return
+        if serves(grad, x, dx, added):
+            from fourbit.ops.triton import norms
+
+            norms.layer_norm_backward(grad, x, norm.weight, statistics, dx, added)
+            return
         rstd = statistics[:, 1:]
         xhat = (x.float() - statistics[:, :1]) * rstd
         scaled = grad.float() * norm.weight.float()
@@ -101,6 +119,12 @@ def normalize_backward(
             rest = native.address(statistics), extra, native.address(dx), x.shape[0], groups, width
             strides = (x.stride(0), dx.stride(0), norm.offset)
             _call("rms_norm_backward", "pppppplllllf", x, *pointers, *rest, *strides)
+            return
+        if serves(grad, x, dx, added):
+            from fourbit.ops.triton import norms
+
+            scale = {"shift": norm.offset, "groups": groups}
+            norms.rms_norm_backward(grad, x, norm.weight, statistics, dx, added, **scale)
             return
         rstd = statistics[..., None]
         xhat = x.float().reshape(-1, groups, width) * rstd
@@ -125,6 +149,11 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = Fal
         sizes = (x.shape[0], heads, head_dim, rotary, x.stride(0), cos.shape[0], int(back))
         _call("rotate", "ppplllllli", x, *native.addresses(x, cos, sin), *sizes)
         return
+    if serves(x, cos, sin):
+        from fourbit.ops.triton import elementwise
+
+        elementwise.rotate_(x, cos, sin, heads=heads, back=back)
+        return
     half = rotary // 2
     view = x.view(-1, cos.shape[0], heads, head_dim)
     low, high = (part.float().clone() for part in view[..., :rotary].split(half, -1))
@@ -144,6 +173,11 @@ def activate(x: Tensor, h: Tensor, *, kind: str, gated: bool) -> None:
         sizes = (h.shape[0], h.shape[1], _KINDS[kind], int(gated))
         _call("activate", "ppllii", x, *native.addresses(x, h), *sizes)
         return
+    if serves(x, h):
+        from fourbit.ops.triton import elementwise
+
+        elementwise.activate(x, h, gelu=kind == "gelu_tanh", gated=gated)
+        return
     a = x[:, : h.shape[1]].float()
     value = _activation(a, kind)
     h.copy_(value * x[:, h.shape[1] :].float() if gated else value)
@@ -161,6 +195,11 @@ def activate_backward(
         sizes = (grad.shape[0], width, _KINDS[kind], int(gated))
         pointers = native.addresses(x, grad, dx, h)
         _call("activate_backward", "ppppllii", x, *pointers, *sizes)
+        return
+    if serves(x, grad, dx, h):
+        from fourbit.ops.triton import elementwise
+
+        elementwise.activate_backward(x, grad, dx, h, gelu=kind == "gelu_tanh", gated=gated)
         return
     with torch.enable_grad():
         wide = x.float().detach().requires_grad_()
@@ -184,6 +223,11 @@ def drop(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool = False
     """
     if native.reads(x):
         run_dropout(x, out, seed=seed, dropout=dropout, add=add)
+        return
+    if serves(x, out):
+        from fourbit.ops.triton import elementwise
+
+        elementwise.drop(x, out, seed=torch.tensor([seed]), dropout=dropout, add=add)
         return
     mask = ops.reference.dropout_mask(x, torch.tensor([seed]), dropout)
     out.copy_(out + x * mask if add else x * mask)

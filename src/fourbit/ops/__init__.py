@@ -17,6 +17,7 @@ from fourbit.ops import schema
 from fourbit.ops.cpu import quantize as cpu_quantize
 from fourbit.ops.reference import dropout_threshold as dropout_threshold
 from fourbit.ops.schema import dropout_mask as dropout_mask
+from fourbit.ops.triton import kernels as gpu
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
@@ -46,6 +47,10 @@ def dequantize_into(
 
     For callers that expand one weight after the other into the same memory; not for graphs.
     """
+    if gpu.dequantize_into(
+        scales, blocksize=blocksize, quant_type=quant_type, out=out, first=first
+    ):
+        return out
     return cpu_quantize.dequantize_into(
         scales, blocksize=blocksize, quant_type=quant_type, out=out, first=first
     )

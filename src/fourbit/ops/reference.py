@@ -7,7 +7,7 @@ nearest of all 256 values. `docs/formats.md` lists where bitsandbytes gives anot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -166,14 +166,27 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
 
 
 @default_kernel("linear_int8")
-def linear_int8(
+def _linear_int8(
     x: Tensor, weight: Tensor, absmax: Tensor | None, bias: Tensor | None, threshold: float
+) -> Tensor:
+    return linear_int8(x, weight, absmax, bias, threshold)
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    *,
+    product: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """LLM.int8: ``x · dequant(W)ᵀ + bias`` with both factors in 8 bits, outlier columns apart.
 
     Columns of ``x`` in which some magnitude is at or above ``threshold`` (0: none) are multiplied
     in ``x.dtype`` with the dequantized weights; the rest as int8 · int8 in int32. With ``absmax``
-    None the weight is a floating one, quantized here.
+    None the weight is a floating one, quantized here. ``product`` multiplies int8 matrices;
+    `int8_product` where None.
     """
     codes, scales = (weight, float_bits(absmax)) if absmax is not None else quantize_int8(weight)
     flat = x.reshape(-1, x.shape[-1])
@@ -190,7 +203,7 @@ def linear_int8(
     if outliers is not None:
         x_codes[:, outliers] = 0
     with _no_autocast(x):
-        y = int8_product(x_codes, codes).float()
+        y = (product or int8_product)(x_codes, codes).float()
     y.mul_(x_scales[:, None] * scales).mul_(_PER_CODE * _PER_CODE)
     if outliers is not None and outliers.numel():
         y += outlier_product(flat, codes, scales, outliers).float()
@@ -343,10 +356,28 @@ def lora_linear_4bit(
         quant_type,
         lora_B.shape[0],
     )
+    return y, add_adapter_(y, x, lora_A, lora_B, seed, scaling, dropout, _dropped)
+
+
+def _dropped(x: Tensor, seed: Tensor, dropout: float) -> Tensor:
+    return x * dropout_mask(x, seed, dropout)
+
+
+def add_adapter_(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    dropout: float,
+    drop: Callable[[Tensor, Tensor, float], Tensor],
+) -> Tensor:
+    """Adds ``scaling · (drop(x) · Aᵀ) · Bᵀ`` to ``y`` in place; returns ``drop(x) · Aᵀ``."""
     flat_x = x.reshape(-1, x.shape[-1])
     if seed is not None and dropout > 0:
-        flat_x = flat_x * dropout_mask(flat_x, seed, dropout)
+        flat_x = drop(flat_x, seed, dropout)
     with _no_autocast(x):
         xa = flat_x @ lora_A.to(x.dtype).t()
         y.view(-1, y.shape[-1]).addmm_(xa, lora_B.to(x.dtype).t(), alpha=scaling)
-    return y, xa.view(*x.shape[:-1], xa.shape[-1])
+    return xa.view(*x.shape[:-1], xa.shape[-1])

@@ -3,8 +3,8 @@
 The rule is Loshchilov and Hutter's (arXiv 1711.05101) as PyTorch has it. 8-bit state is that of
 Dettmers et al. (arXiv 2110.02861): blocks of 256 with a float32 scale each, the first moment in the
 signed dynamic map, the second in the unsigned one; a step decodes a block, updates in float32 and
-codes it again. On a CPU one native pass does it; the plain PyTorch form is the truth and serves
-elsewhere, with the same bits.
+codes it again. On a CPU one native pass does it, on a GPU one of Triton; the plain PyTorch form is
+the truth and serves elsewhere, with the same bits.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fourbit import codebook, native
+from fourbit.ops.triton import serves
 
 BLOCK = 256
 _TINY = 1e-38
@@ -117,6 +118,11 @@ def update_32bit(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, c: Coefficients)
             *(ctypes.addressof(rule), native.DTYPES[p.dtype], torch.get_num_threads()),
         )
         return
+    if serves(p, grad, m, v):
+        from fourbit.ops.triton import adamw
+
+        adamw.update_32bit(p, grad, m, v, astuple(c))
+        return
     wide = grad.float()
     m.add_((wide - m).mul_(c.rest1))
     v.mul_(c.beta2).add_((wide * wide).mul_(c.rest2))
@@ -133,6 +139,12 @@ def update_8bit(p: Tensor, grad: Tensor, m: Moment, v: Moment, c: Coefficients) 
             *(*native.addresses(p, grad), ctypes.addressof(first), ctypes.addressof(second)),
             *(p.numel(), ctypes.addressof(rule), native.DTYPES[p.dtype], torch.get_num_threads()),
         )
+        return
+    if serves(p, grad, m.absmax, v.absmax):
+        from fourbit.ops.triton import adamw
+
+        first, second = ((one.codes, one.absmax, *one.tables) for one in (m, v))
+        adamw.update_8bit(p, grad, first, second, astuple(c))
         return
     first, second = m.decode(), v.decode()
     update_32bit(p, grad, first, second, c)

@@ -149,13 +149,15 @@ def _plot_memory(axes: Axes, content: ComparisonContent) -> None:
 
 
 def _plot_losses(axes: Axes, content: ComparisonContent) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for place, method in enumerate(content.methods):
         points = curve_points([line for line in method.curve if "lr" in line], "loss")
         mean = running_mean(points, max(1, len(points) // 20))
         values = [float("nan") if value is None else value for _, value in mean]
         color = PART_COLORS[place % (len(PART_COLORS) - 1)]
         axes.plot([s for s, _ in mean], values, label=method.name, color=color, linewidth=2)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes.lines:
         axes.legend(frameon=False, fontsize=12)
     axes.set_xlabel("step", fontsize=13)

@@ -1,0 +1,52 @@
+"""When Triton serves, and how its kernels take their place."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from fourbit.ops.schema import LIBRARY
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of activations and weights that the kernels take."""
+
+_Fn = TypeVar("_Fn", bound=Callable[..., Any])
+
+
+@cache
+def installed() -> bool:
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether kernels run on CPU tensors, in Triton's interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether kernels can read these: on a GPU, or anywhere in the interpreter."""
+    present = [t for t in tensors if t is not None]
+    if not installed() or any(t.dtype not in DTYPES for t in present if t.is_floating_point()):
+        return False
+    if any(isinstance(t, FakeTensor) for t in present):
+        return False
+    return interpreted() or all(t.is_cuda for t in present)
+
+
+def cuda_kernel(name: str) -> Callable[[_Fn], _Fn]:
+    """Registers the CUDA kernel of an op where Triton is installed."""
+
+    def register(function: _Fn) -> _Fn:
+        if installed():
+            LIBRARY.impl(name, function, "CUDA")
+        return function
+
+    return register
