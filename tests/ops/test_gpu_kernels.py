@@ -32,7 +32,10 @@ def child(script: str, *arguments: str, interpret: bool) -> str:
     return done.stdout
 
 
-GROUPS = ("quantize", "dequantize", "product", "rows", "dropout", "loss", "adamw", "int8", "layers")
+GROUPS = (
+    "quantize", "dequantize", "product", "rows", "dropout", "loss", "adamw", "int8", "layers",
+    "attention",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("group", GROUPS)

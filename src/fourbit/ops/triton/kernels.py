@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fourbit.ops import attention_schema as plain_attention
 from fourbit.ops import loss as plain_loss
 from fourbit.ops import reference
 from fourbit.ops.triton.registry import DTYPES, cuda_kernel, serves
@@ -175,3 +176,45 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     x = pad(x, (0, short, 0, max(0, _INT_ROWS - rows)))
     weight = pad(weight, (0, short, 0, -width % _INT_MULTIPLE))
     return torch.ops.aten._int_mm(x, weight.t())[:rows, :width]
+
+
+@cuda_kernel("attention")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+    shared: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `fourbit.ops.attention_schema.attention`, without a matrix of all scores."""
+    if not serves(q, k, v):
+        return plain_attention.attention(q, k, v, first, scale, softcap, shared)
+    from fourbit.ops.triton.attention import run_forward
+
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    return out, run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out, shared=shared)
+
+
+@cuda_kernel("attention_backward")
+def attention_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fourbit.ops.attention_schema.attention_backward`."""
+    if not serves(grad_o, q, k, v, o):
+        return plain_attention.attention_backward(grad_o, q, k, v, o, lse, first, scale, softcap)
+    from fourbit.ops.triton.attention import run_backward
+
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    form = {"scale": scale, "softcap": softcap}
+    run_backward(grad_o, (q, k, v, o), lse, first, **form, grads=grads)
+    return grads
