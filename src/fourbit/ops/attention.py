@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourbit.ops import attention_schema as plain
 from fourbit.ops.cpu import attention as cpu
-from fourbit.ops.triton import serves
+from fourbit.ops.triton import imagining, serves
 
 
 def attention(
@@ -79,6 +79,8 @@ def attention_forward(
     """
     if scale > 0 and cpu.fits(q, k, v, out):
         return cpu.run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out, shared=shared)
+    if imagining():
+        return _sums(q)
     if serves(q, k, v, out):
         from fourbit.ops.triton import attention as gpu
 
@@ -86,6 +88,10 @@ def attention_forward(
     result, lse = plain.attention(q, k, v, first, scale, softcap, shared)
     out.copy_(result)
     return lse
+
+
+def _sums(q: Tensor) -> Tensor:
+    return torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
 
 
 def attention_backward(
@@ -129,6 +135,9 @@ def attention_backward(
             softcap=softcap,
             grads=(dq, dk, dv),
         )
+        return
+    if imagining():
+        _sums(q)  # the products of outputs and gradients
         return
     if serves(q, k, v, o, grad_o, dq, dk, dv):
         from fourbit.ops.triton import attention as gpu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fourbit.device import is_out_of_memory
 from fourbit.optim.pages import PAGE_BYTES, RING, Hosted, Mapped, Pages, Resident, Ring, Stats
-from fourbit.optim.update import BLOCK, Coefficients, Moment, update_8bit, update_32bit
+from fourbit.optim.update import BLOCK, Coefficients, Moment, Run, update_runs
 
 Paging = Literal["auto", "always", "off"]
 SMALL = 4096
@@ -155,9 +155,7 @@ class AdamW(torch.optim.Optimizer):
             memory = pages.take(page)
             if place + 1 < len(order):
                 pages.expect(order[place + 1])
-            for piece in self._contents[page]:
-                if piece.parameter in work:
-                    self._update(piece, memory, *work[piece.parameter])
+            self._update([p for p in self._contents[page] if p.parameter in work], memory, work)
             pages.give(page)
         for index, (values, _, _) in work.items():
             self._steps[index] += 1
@@ -184,11 +182,20 @@ class AdamW(torch.optim.Optimizer):
         return work
 
     def _update(
-        self, piece: _Piece, memory: Tensor, values: Tensor, grad: Tensor, scalars: Coefficients
+        self,
+        pieces: Sequence[_Piece],
+        memory: Tensor,
+        work: Mapping[int, tuple[Tensor, Tensor, Coefficients]],
     ) -> None:
-        run = slice(piece.start, piece.stop)
-        update = update_32bit if piece.bits == 32 else update_8bit
-        update(values[run], grad[run], *piece.moments(memory), scalars)  # type: ignore[arg-type]
+        """Those alike together: a GPU starts one kernel for all of them."""
+        alike: dict[tuple[int, torch.dtype, Coefficients], list[Run]] = {}
+        for piece in pieces:
+            values, grad, scalars = work[piece.parameter]
+            run = slice(piece.start, piece.stop)
+            parts = Run(values[run], grad[run], *piece.moments(memory))
+            alike.setdefault((piece.bits, values.dtype, scalars), []).append(parts)
+        for (_, _, scalars), runs in alike.items():
+            update_runs(runs, scalars)
 
     def reserve(self) -> None:
         """Takes the memory of the state now, as the first step would."""

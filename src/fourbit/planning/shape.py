@@ -33,8 +33,8 @@ class TrainingShape:
         grad_accum: micro-batches of a step.
         prompt: the trained prompt, where there is one.
         optim: the optimizer.
-        cpu_kernels: whether kernels of csrc/ serve where there are some; on a graphics card plain
-            PyTorch does.
+        cpu_kernels: whether kernels of csrc/ serve where there are some; on a graphics card
+            Triton's do.
     """
 
     method: Method

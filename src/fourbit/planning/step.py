@@ -24,6 +24,7 @@ from fourbit.integrations.transformers import (
     enable_checkpointing,
 )
 from fourbit.objective import Objective, mixed_precision
+from fourbit.ops import triton
 from fourbit.planning.ledger import Block, Ledger
 from fourbit.planning.shape import TrainingShape
 from fourbit.planning.skeleton import MOST_RUN, Skeleton, pretend, shortened
@@ -69,7 +70,7 @@ class ImaginedSteps:
         self._seen: dict[tuple[int, int], Moments] = {}
 
     def _kernels(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._shape.cpu_kernels else native.using(None)
+        return nullcontext() if self._shape.cpu_kernels else _on_a_gpu()
 
     def moments(self, recompute: int) -> Moments:
         """The highest moments of a first and of a later training step, and of an evaluation.
@@ -112,6 +113,12 @@ class ImaginedSteps:
             ):
                 self._seen[plain, recompute] = observed(self._model, self._shape, recompute)
         return self._seen[plain, recompute]
+
+
+@contextmanager
+def _on_a_gpu() -> Iterator[None]:
+    with native.using(None), triton.imagined():
+        yield
 
 
 def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -149,6 +150,10 @@ CASES = [
     Case("adamw 8", adamw.update_blocks,
          "*fp32 *fp32 *u8 *fp32 *fp32 *fp32 *u8 *fp32 *fp32 *fp32 i32" + RULE, {}, 96,
          options=EXACT),
+    Case("adamw 32, many", adamw.update_table, "*i64" + RULE,
+         {"DTYPE": tl.float32, "BLOCK": 1024}, 96, options=EXACT),
+    Case("adamw 8, many", adamw.update_blocks_table, "*i64 *fp32 *fp32 *fp32 *fp32" + RULE,
+         {"DTYPE": tl.float32}, 96, options=EXACT),
     *attention_cases("attention 64", 64, "bf16", False),
     *attention_cases("attention 128", 128, "bf16", False),
     *attention_cases("attention 128, fp16", 128, "fp16", False),

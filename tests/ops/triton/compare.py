@@ -237,6 +237,45 @@ def adam() -> None:
                 same(a.absmax, b.absmax)
 
 
+def many() -> None:
+    """Runs of several lengths in one launch, parts of larger tensors among them."""
+    rule = update.Coefficients(0.999, 0.1, 0.999, 0.001, 1e-3, 1.5, 1e-8)
+    lengths = (1, 1500, 256, 2048, 7)
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = [
+            update.Run(
+                randn(n + 512, dtype=dtype)[512:], randn(n, dtype=dtype), randn(n), randn(n).abs()
+            )
+            for n in lengths
+        ]
+        narrow = [
+            run._replace(m=_moment(n, signed=True), v=_moment(n, signed=False))
+            for run, n in zip(wide, lengths, strict=True)
+        ]
+        for runs in (wide, narrow):
+            ours, theirs = copy.deepcopy(runs), copy.deepcopy(runs)
+            before = len(_launched)
+            update.update_runs(ours, rule)
+            assert len(_launched) == before + 1
+            plainly(update.update_runs, theirs, rule)
+            for mine, other in zip(ours, theirs, strict=True):
+                for a, b in zip(update._tensors(mine), update._tensors(other), strict=True):
+                    same(a, b)
+
+
+_launched: list[str] = []
+
+
+def _counting() -> None:
+    launch = adamw.launch
+
+    def counted(kernel, grid):
+        _launched.append(kernel.__name__)
+        return launch(kernel, grid)
+
+    adamw.launch = counted
+
+
 def _moment(n: int, *, signed: bool) -> update.Moment:
     codes = torch.zeros(n, dtype=torch.uint8, device=DEVICE)
     moment = update.Moment(codes, torch.zeros(-(-n // 256), device=DEVICE), signed)
@@ -260,11 +299,12 @@ def int8() -> None:
 
 def attention() -> None:
     """All kinds of ranges, widths that are no powers of two, parts of a joint buffer."""
-    for dtype, ulps in ((torch.float32, 64), (torch.bfloat16, 4)):
-        for batch, length, heads, kv, width, v_width, softcap in (
-            (1, 1, 1, 1, 16, 16, 0.0), (2, 70, 4, 2, 20, 20, 0.0), (1, 97, 3, 1, 64, 24, 9.0),
-            (1, 130, 1, 1, 130, 130, 0.0),
-        ):  # fmt: skip
+    shapes = (
+        (1, 1, 1, 1, 16, 16, 0.0), (2, 70, 2, 1, 20, 20, 0.0), (1, 75, 3, 1, 64, 24, 9.0),
+        (1, 70, 1, 1, 130, 130, 0.0),
+    )  # fmt: skip
+    for dtype, ulps, sizes in ((torch.float32, 64, shapes), (torch.bfloat16, 4, shapes[1:])):
+        for batch, length, heads, kv, width, v_width, softcap in sizes:
             joint = randn(batch, length, heads + 2 * kv, max(width, v_width), dtype=dtype)
             q, k, v = joint.split((heads, kv, kv), dim=2)
             q, k, v = q[..., :width], k[..., :width], v[..., :v_width]
@@ -332,6 +372,7 @@ GROUPS = {
     "dropout": dropout,
     "loss": losses,
     "adamw": adam,
+    "adamw_many": many,
     "int8": int8,
     "layers": layers,
     "attention": attention,
@@ -343,5 +384,6 @@ if __name__ == "__main__":
     # on a CPU our native kernels must not answer for Triton's
     native.reads = lambda _: False
     update._native_serves = lambda *_: False
+    _counting()
     GROUPS[sys.argv[1]]()
     print(f"{sys.argv[1]}: equal")

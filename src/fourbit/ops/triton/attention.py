@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourbit.ops.triton.language import INTERPRETED, rounded, tanh
+from fourbit.ops.triton.registry import launch
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LEAST_WIDTH = 16  # of an operand of a product on tensor cores
@@ -155,7 +156,8 @@ def forward(
                 T, scale, softcap, BN, W, VW, D, DV, CAPPED, SHARED,
             )  # fmt: skip
     blind = weight == 0.0
-    total = total / tl.where(blind, 1.0, weight)[:, None]
+    weight = tl.where(blind, 1.0, weight)
+    total = total / weight[:, None]
     _store(out + entry * o_batch + head * o_head, place, o_row, T, total, BM, VW, DV)
     logarithm = tl.where(blind, float("inf"), (top + tl.log2(weight)) / _LOG2E)
     tl.store(lse + (entry * H + head) * T + query, logarithm, mask=query < T)
@@ -354,7 +356,7 @@ def tiles(dtype: torch.dtype, width: int, *, backward: bool) -> Tiles:
 
 
 def _sizes(width: int, v_width: int) -> dict[str, int]:
-    full, v_full = (max(_LEAST_WIDTH, triton.next_power_of_2(n)) for n in (width, v_width))
+    full, v_full = (max(_LEAST_WIDTH, 1 << (n - 1).bit_length()) for n in (width, v_width))
     return {"W": width, "VW": v_width, "D": full, "DV": v_full}
 
 
@@ -388,7 +390,7 @@ def run_forward(
     sizes = _sizes(width, v.shape[-1])
     tile = tiles(q.dtype, max(sizes.values()), backward=False)
     none = lse if first is None else first
-    forward[(triton.cdiv(length, tile.queries), batch * heads)](
+    launch(forward, (triton.cdiv(length, tile.queries), batch * heads))(
         q, k, v, none, none if shared is None else shared, target, lse, length, heads,
         heads // k.shape[2], scale, softcap or 1.0, *_steps(q, k, v, target),
         **sizes, CAPPED=softcap > 0, RANGED=first is not None, SHARED=shared is not None,
@@ -420,19 +422,19 @@ def run_backward(
     shape = {**sizes, "CAPPED": softcap > 0, "RANGED": first is not None, **tile.options}
     query_blocks, key_blocks = (triton.cdiv(length, n) for n in (tile.queries, tile.keys))
     delta = torch.empty_like(lse)
-    products[(query_blocks, batch * heads)](
+    launch(products, (query_blocks, batch * heads))(
         grad, out, delta, length, heads, *_steps(grad, out), BM=tile.queries, VW=sizes["VW"],
         DV=sizes["DV"], num_warps=tile.warps,
     )  # fmt: skip
     none = lse if first is None else first
     common = scale, softcap or 1.0
     group = heads // kv_heads
-    backward_queries[(query_blocks, batch * heads)](
+    launch(backward_queries, (query_blocks, batch * heads))(
         grad, q, k, v, lse, delta, none, dq, length, heads, group, *common,
         *_steps(grad, q, k, v, dq), **shape,
     )  # fmt: skip
     ends = none if first is None else last_queries(first, tile.keys)
-    backward_keys[(key_blocks, batch * kv_heads)](
+    launch(backward_keys, (key_blocks, batch * kv_heads))(
         grad, q, k, v, lse, delta, none, ends, dk, dv, length, kv_heads, group, key_blocks,
         *common, *_steps(grad, q, k, v, dk, dv), **shape,
     )  # fmt: skip

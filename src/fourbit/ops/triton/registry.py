@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -31,6 +32,24 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_imagining: list[bool] = []
+
+
+@contextmanager
+def imagined() -> Iterator[None]:
+    """Inside, whatever has the kernels of a GPU does nothing: a plan's tensors have no memory."""
+    _imagining.append(True)
+    try:
+        yield
+    finally:
+        _imagining.pop()
+
+
+def imagining() -> bool:
+    """Whether a plan for a GPU is being made."""
+    return bool(_imagining)
+
+
 def serves(*tensors: Tensor | None) -> bool:
     """Whether kernels can read these: on a GPU, or anywhere in the interpreter."""
     present = [t for t in tensors if t is not None]
@@ -39,6 +58,20 @@ def serves(*tensors: Tensor | None) -> bool:
     if any(isinstance(t, FakeTensor) for t in present):
         return False
     return interpreted() or all(t.is_cuda for t in present)
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """What runs a kernel on the device of its first argument, whichever device is current."""
+
+    def run(first: Tensor, *arguments: object, **options: object) -> None:
+        device = first.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            kernel[grid](first, *arguments, **options)
+            return
+        with torch.cuda.device(device):
+            kernel[grid](first, *arguments, **options)
+
+    return run
 
 
 def cuda_kernel(name: str) -> Callable[[_Fn], _Fn]:
