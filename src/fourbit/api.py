@@ -74,14 +74,15 @@ def plan(
     if stored is not None:
         run = run.model_copy(update={"quant": stored.quant})
     architecture = load_config(source)
-    shape = run.shape(dtype=dtype, cpu_kernels=preset is None and target.type == "cpu")
+    kernels = planning.kernels_of(target) if preset is None else preset.kernels
+    shape = run.shape(dtype=dtype, kernels=kernels)
     make = planning.plan_training if size is None else planning.recommend
     found = make(architecture, shape, room)
     if compare:
         # what each method leaves to its plan stays left to it
         settled = ("gradient_checkpointing", "optim.paged")
         run = replaced(run, {k: v for k, v in found.recommended.items() if k not in settled})
-        shape = run.shape(dtype=dtype, cpu_kernels=shape.cpu_kernels)
+        shape = run.shape(dtype=dtype, kernels=kernels)
         found = planning.side_by_side(architecture, shape, room, found)
     return found
 

@@ -21,7 +21,11 @@ HERE = Path(__file__).parent / "triton"
 
 def child(script: str, *arguments: str, interpret: bool) -> str:
     tests = HERE.parents[1]
-    paths = [str(tests), str(tests / "integrations"), os.environ.get("PYTHONPATH", "")]
+    paths = [
+        str(tests),
+        *(str(tests / name) for name in ("integrations", "planning")),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }  # fmt: skip
@@ -55,6 +59,10 @@ def test_kernels_equal_the_reference_in_the_interpreter(group):
 @pytest.mark.parametrize("name", MODELS)
 def test_fused_layers_equal_transformers_in_the_interpreter(name):
     assert f"{name}: equal" in child("fused.py", name, "cpu", interpret=True)
+
+
+def test_a_plan_for_a_gpu_counts_what_its_kernels_allocate():
+    assert "llama: planned" in child("planned.py", "llama", interpret=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -30,7 +30,7 @@ def has_kernels(device: torch.device) -> bool:
     """Whether a device has kernels of ours: those of csrc/ on a CPU, Triton's on a GPU."""
     if triton.imagining() or triton.interpreted():
         return True
-    return triton.installed() if device.type == "cuda" else native.isa() is not None
+    return triton.multiplies(device) if device.type == "cuda" else native.isa() is not None
 
 
 def fused_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from fourbit.lora import LoraSettings
 from fourbit.methods import Method, trains_prompt
+from fourbit.ops import has_kernels
 from fourbit.optim import OptimConfig
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 
+Kernels = Literal["cpu", "gpu", "none"]
 ALL_LAYERS = 1 << 16
 """More than any model has."""
+
+
+def kernels_of(device: torch.device) -> Kernels:
+    """Whose kernels serve a device of this machine."""
+    if device.type == "cpu":
+        return "cpu"
+    return "gpu" if has_kernels(device) else "none"
 
 
 @dataclass(frozen=True)
@@ -33,8 +43,7 @@ class TrainingShape:
         grad_accum: micro-batches of a step.
         prompt: the trained prompt, where there is one.
         optim: the optimizer.
-        cpu_kernels: whether kernels of csrc/ serve where there are some; on a graphics card
-            Triton's do.
+        kernels: whose serve: those of csrc/ where there are some, Triton's, or none of ours.
     """
 
     method: Method
@@ -48,7 +57,7 @@ class TrainingShape:
     grad_accum: int = 1
     prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()
-    cpu_kernels: bool = True
+    kernels: Kernels = "cpu"
 
     @property
     def positions(self) -> int:

@@ -26,7 +26,7 @@ from fourbit.integrations.transformers import (
 from fourbit.objective import Objective, mixed_precision
 from fourbit.ops import triton
 from fourbit.planning.ledger import Block, Ledger
-from fourbit.planning.shape import TrainingShape
+from fourbit.planning.shape import Kernels, TrainingShape
 from fourbit.planning.skeleton import MOST_RUN, Skeleton, pretend, shortened
 
 MOVING = ("activations", "gradients", "logits", "workspace")
@@ -70,7 +70,7 @@ class ImaginedSteps:
         self._seen: dict[tuple[int, int], Moments] = {}
 
     def _kernels(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._shape.cpu_kernels else _on_a_gpu()
+        return _serving(self._shape.kernels)
 
     def moments(self, recompute: int) -> Moments:
         """The highest moments of a first and of a later training step, and of an evaluation.
@@ -116,8 +116,11 @@ class ImaginedSteps:
 
 
 @contextmanager
-def _on_a_gpu() -> Iterator[None]:
-    with native.using(None), triton.imagined():
+def _serving(kernels: Kernels) -> Iterator[None]:
+    with (
+        nullcontext() if kernels == "cpu" else native.using(None),
+        triton.imagined() if kernels == "gpu" else nullcontext(),
+    ):
         yield
 
 
@@ -132,7 +135,7 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
     base = base_model(model)
     if recompute:
         enable_checkpointing(base, layers=recompute)
-    ledger = Ledger(inside=shape.cpu_kernels)
+    ledger = Ledger(inside=shape.kernels == "cpu")
     ledger.ignore([*model.parameters(), *model.buffers()])
     objective = Objective(model, mixed_precision(model, shape.dtype, shape.method))
     inputs, labels = _inputs(model, shape)

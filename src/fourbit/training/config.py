@@ -14,7 +14,7 @@ from fourbit.errors import InputError
 from fourbit.lora import LoraSettings
 from fourbit.methods import READ_BY, Method, trains_prompt
 from fourbit.optim import OptimConfig
-from fourbit.planning import ALL_LAYERS, TrainingShape
+from fourbit.planning import ALL_LAYERS, Kernels, TrainingShape
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 from fourbit.settings import Settings
@@ -125,14 +125,14 @@ class TrainConfig(Settings):
         return None if self.budget is None else parse_size(self.budget, where="budget")
 
     def shape(
-        self, *, dtype: torch.dtype, length: int | None = None, cpu_kernels: bool = True
+        self, *, dtype: torch.dtype, length: int | None = None, kernels: Kernels = "cpu"
     ) -> TrainingShape:
         """What decides the run's memory.
 
         Args:
             dtype: of activations.
             length: of the longest sequence; None takes ``data.max_length``.
-            cpu_kernels: see `TrainingShape`.
+            kernels: see `TrainingShape`.
         """
         longest = self.data.max_length if length is None or self.data.packing else length
         return TrainingShape(
@@ -147,7 +147,7 @@ class TrainConfig(Settings):
             grad_accum=self.grad_accum,
             prompt=self.prompt,
             optim=self.optim,
-            cpu_kernels=cpu_kernels,
+            kernels=kernels,
         )
 
     @field_validator("budget")

@@ -360,7 +360,7 @@ class _Run:
         return self.config.shape(
             dtype=self.dtype,
             length=int(self.data.train.lengths.max()),
-            cpu_kernels=devices.default_device().type == "cpu",
+            kernels=planning.kernels_of(devices.default_device()),
         )
 
     def _give_way(self, settings: Mapping[str, Any]) -> None:

@@ -10,7 +10,13 @@ from torch import Tensor
 from fourbit.ops import attention_schema as plain_attention
 from fourbit.ops import loss as plain_loss
 from fourbit.ops import reference
-from fourbit.ops.triton.registry import DTYPES, cuda_kernel, imagining, serves
+from fourbit.ops.triton.registry import (
+    DTYPES,
+    cuda_kernel,
+    imagining,
+    multiplies,
+    serves,
+)
 
 _MOST_ROWS = 64
 """Up to here a fused product reads 4-bit weights faster than the library reads expanded ones."""
@@ -84,7 +90,8 @@ def linear_4bit(
     """As `fourbit.ops.reference.linear_4bit`; few rows without expanding the weight."""
     scales = packed, absmax, nested_absmax, nested_offset
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= _MOST_ROWS and serves(rows, packed, absmax):
+    few = rows.shape[0] <= _MOST_ROWS and multiplies(x.device)
+    if few and serves(rows, packed, absmax):
         from fourbit.ops.triton.product import linear_few
 
         y = linear_few(
@@ -191,7 +198,7 @@ def attention(
     shared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `fourbit.ops.attention_schema.attention`, without a matrix of all scores."""
-    if not serves(q, k, v):
+    if not (serves(q, k, v) and multiplies(q.device)):
         return plain_attention.attention(q, k, v, first, scale, softcap, shared)
     from fourbit.ops.triton.attention import run_forward
 
@@ -212,7 +219,7 @@ def attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `fourbit.ops.attention_schema.attention_backward`."""
-    if not serves(grad_o, q, k, v, o):
+    if not (serves(grad_o, q, k, v, o) and multiplies(q.device)):
         return plain_attention.attention_backward(grad_o, q, k, v, o, lse, first, scale, softcap)
     from fourbit.ops.triton.attention import run_backward
 

@@ -18,6 +18,9 @@ from fourbit.ops.schema import LIBRARY
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of activations and weights that the kernels take."""
 
+FIRST = (8, 0)
+"""The compute capability from which on Triton multiplies on tensor cores."""
+
 _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 
 
@@ -25,6 +28,14 @@ _Fn = TypeVar("_Fn", bound=Callable[..., Any])
 def installed() -> bool:
     """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def multiplies(device: torch.device) -> bool:
+    """Whether products of Triton's are fast on a GPU: it knows the tensor cores of sm_80 and on."""
+    if interpreted():
+        return True
+    return installed() and torch.cuda.get_device_capability(device) >= FIRST
 
 
 def interpreted() -> bool:
