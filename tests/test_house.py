@@ -20,7 +20,7 @@ FLOORS = [
     {"quantize"},
     {"calibrated", "absmax"},
     {"linear"},
-    {"lora", "loss", "optim", "prompts", "bnb_format", "experts", "fused"},
+    {"lora", "loss", "optim", "prompts", "bnb_format", "experts", "fused", "offload"},
     {
         "integrations.config",
         "integrations.experts",

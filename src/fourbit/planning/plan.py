@@ -52,6 +52,7 @@ class Plan:
         paged: whether only some pages of the optimizer's state are in memory.
         trainable: trainable parameters.
         parameters: all parameters, unpacked.
+        offload: whether what lies between recomputed layers waits elsewhere.
         recommended: settings, by their keys, that a budget asks to be others than was wished for.
         reasons: why, in lines.
         methods: the same run with full, LoRA and QLoRA, where they were compared.
@@ -66,6 +67,7 @@ class Plan:
     paged: bool
     trainable: int
     parameters: int
+    offload: bool = False
     recommended: dict[str, Any] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     methods: dict[str, Plan] = field(default_factory=dict)
@@ -117,6 +119,7 @@ class Plan:
         if self.checkpointing:
             which = "all" if self.recomputed_layers == self.layers else str(self.recomputed_layers)
             how = f", activations of {which} layers recomputed"
+        how += ", what lies between them elsewhere" if self.offload else ""
         how += ", optimizer state paged" if self.paged else ""
         phases = ", ".join(
             f"{name} {_megabytes(sum(parts.values()))}" for name, parts in self.phases.items()
@@ -315,6 +318,7 @@ class Planner:
             paged=paged,
             trainable=trainable,
             parameters=parameters,
+            offload=self.shape.offload,
         )
 
 

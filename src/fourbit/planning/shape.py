@@ -41,6 +41,7 @@ class TrainingShape:
             on; None leaves it to the plan.
         packing: whether several documents share a sequence, or rows have different lengths.
         grad_accum: micro-batches of a step.
+        offload: whether what lies between recomputed layers waits elsewhere.
         prompt: the trained prompt, where there is one.
         optim: the optimizer.
         kernels: whose serve: those of csrc/ where there are some, Triton's, or none of ours.
@@ -55,6 +56,7 @@ class TrainingShape:
     recompute: int | None = None
     packing: bool = True
     grad_accum: int = 1
+    offload: bool = False
     prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()
     kernels: Kernels = "cpu"

@@ -138,6 +138,8 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
     ledger = Ledger(inside=shape.kernels == "cpu")
     ledger.ignore([*model.parameters(), *model.buffers()])
     objective = Objective(model, mixed_precision(model, shape.dtype, shape.method))
+    if shape.offload:
+        objective.offload_activations()
     inputs, labels = _inputs(model, shape)
     trained = [p for p in model.parameters() if p.requires_grad]
     found: Moments = {}

@@ -60,9 +60,10 @@ class TrainConfig(Settings):
     grad_accum: int = Field(default=4, ge=1, le=65536, description="micro-batches in a step")
     epochs: float = Field(default=1, gt=0, le=10000, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps")
-    gradient_checkpointing: Literal["auto", "none", "all"] | PositiveInt = Field(
+    gradient_checkpointing: Literal["auto", "none", "all", "offload"] | PositiveInt = Field(
         default="auto",
-        description="layers whose activations are recomputed in backward; auto: as memory needs",
+        description="layers whose activations are recomputed in backward; auto: as memory needs;"
+        " offload: all, and what lies between them waits in host memory (a CPU: in a file)",
     )
     budget: str | None = Field(
         default=None,
@@ -115,7 +116,7 @@ class TrainConfig(Settings):
     @property
     def recomputed_layers(self) -> int | None:
         """What ``gradient_checkpointing`` says in layers; None leaves it to the plan."""
-        named = {"auto": None, "none": 0, "all": ALL_LAYERS}
+        named = {"auto": None, "none": 0, "all": ALL_LAYERS, "offload": ALL_LAYERS}
         value = self.gradient_checkpointing
         return value if isinstance(value, int) else named[value]
 
@@ -145,6 +146,7 @@ class TrainConfig(Settings):
             recompute=self.recomputed_layers,
             packing=self.data.packing or self.batch_size > 1,
             grad_accum=self.grad_accum,
+            offload=self.gradient_checkpointing == "offload",
             prompt=self.prompt,
             optim=self.optim,
             kernels=kernels,

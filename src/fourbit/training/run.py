@@ -415,6 +415,8 @@ class _Run:
         config = self.config
         mixed = mixed_precision(self.model, self.dtype, config.method)
         self.objective = Objective(self.model, mixed)
+        if config.gradient_checkpointing == "offload":
+            self.objective.offload_activations(self.folder.path)
         base = self.objective.base
         batches = self._batches(self.data.train, seed=config.seed)
         pad = pad_id(self.tokenizer)
