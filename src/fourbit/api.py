@@ -15,7 +15,7 @@ from fourbit.receipt import Receipt
 from fourbit.settings import replaced
 from fourbit.shards import parse_size
 from fourbit.sources import resolve_source
-from fourbit.training.config import TrainConfig
+from fourbit.training.config import RunQuant, TrainConfig
 from fourbit.verification import verify_run
 
 
@@ -72,7 +72,7 @@ def plan(
     source = resolve_source(model, revision=run.revision, weights=False)
     stored = stored_quantization(source)
     if stored is not None:
-        run = run.model_copy(update={"quant": stored.quant})
+        run = run.model_copy(update={"quant": RunQuant.of(stored.quant)})
     architecture = load_config(source)
     kernels = planning.kernels_of(target) if preset is None else preset.kernels
     shape = run.shape(dtype=dtype, kernels=kernels)

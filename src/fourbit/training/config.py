@@ -37,6 +37,21 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+class RunQuant(QuantConfig):
+    """How a run holds its base: chosen weight by weight, or for the inputs it will see."""
+
+    calibrate: str | None = Field(
+        default=None,
+        description="choose scales and codes for known inputs before training: `data`, the"
+        " training texts, or a file of text or rows",
+    )
+
+    @classmethod
+    def of(cls, quant: QuantConfig) -> RunQuant:
+        """The same format, not calibrated by the run."""
+        return cls(**{name: getattr(quant, name) for name in QuantConfig.model_fields})
+
+
 class TrainConfig(Settings):
     """One fine-tuning run. The YAML keys are these fields."""
 
@@ -52,7 +67,7 @@ class TrainConfig(Settings):
         " virtual tokens before a 4-bit base",
     )
     data: DataConfig = DataConfig()
-    quant: QuantConfig = QuantConfig()
+    quant: RunQuant = RunQuant()
     lora: LoraSettings = LoraSettings()
     prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()

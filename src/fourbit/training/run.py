@@ -46,9 +46,10 @@ from fourbit.training.adapter import (
     save_adapter,
     trainable_state,
 )
+from fourbit.training.calibrated import calibrated_base
 from fourbit.training.card import model_card
 from fourbit.training.checkup import check_up
-from fourbit.training.config import TrainConfig
+from fourbit.training.config import RunQuant, TrainConfig
 from fourbit.training.loop import LoopState, StepResult, TrainLoop
 from fourbit.training.progress import Reporter
 from fourbit.training.prompts import inject_prompt, settle, text_context
@@ -213,6 +214,7 @@ class _Run:
     def execute(self) -> TrainResult:
         """All phases."""
         self.prepare()
+        self._calibrate()
         resolved = Resolved(self.config, self.origins)
         self.folder.write_text(self.folder.config_path, dump_settings(resolved))
         self._write_plan()
@@ -302,10 +304,33 @@ class _Run:
                 f" method {self.config.method} trains 16-bit weights",
                 fix="use method: qlora, or the 16-bit model",
             )
+        if self.config.quant.calibrate is not None:
+            raise InputError(
+                "quantized-base",
+                where="quant.calibrate",
+                what=f"{self.config.model} is already quantized ({kind}); calibration chooses codes"
+                " for 16-bit weights",
+                fix="leave it out, or name the 16-bit model",
+            )
         quant = stored.quant.model_copy(update={"compute_dtype": self.config.quant.compute_dtype})
-        self.config = self.config.model_copy(update={"quant": quant})
+        self.config = self.config.model_copy(update={"quant": RunQuant.of(quant)})
         self.origins["quant.quant_type"] = "the checkpoint"
         self.say.line(f"the base is already quantized: {kind}, its bytes are used as they are")
+
+    def _calibrate(self) -> None:
+        """The run goes on with a base of its own, where that was asked for."""
+        if self.config.quant.calibrate is None:
+            return
+        original = self.source.name
+        ids, revision = self.data.train.ids, self.source.revision
+        base = calibrated_base(self.config, ids, self.folder.path, self.say, revision=revision)
+        quant = self.config.quant.model_copy(update={"calibrate": None})
+        self.config = self.config.model_copy(
+            update={"model": str(base), "revision": None, "quant": quant}
+        )
+        self.source = resolve_source(str(base))
+        self.origins["model"] = f"calibrated from {original}"
+        self._adopt_stored_format()
 
     def _cap_length(self) -> None:
         """A default length above the model's context is no wish: it becomes the context."""
