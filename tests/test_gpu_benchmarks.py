@@ -170,11 +170,13 @@ def row(case, **values):
 def test_another_path_loss_or_norm_fails_the_training_section(gpu):
     train = gpu("train")
     fused = json.dumps({"fused": 32})
-    good = {"loss": 11.9, "norm": 2.0, "paths": fused, "layers": 32}
+    good = {"loss": 11.9, "norm": 2.0, "paths": fused, "layers": 32, "kernels": 1}
     peer = row("bnb-expert T=8192", loss=11.91, norm=2.02)
     assert train.faults([row("fourbit T=8192", **good), peer]) == []
     mixed = {**good, "paths": json.dumps({"fused": 31, "generic: hooks inside": 1})}
     assert "not all fused" in train.faults([row("fourbit T=8192", **mixed), peer])[0]
+    # an old card has no kernels for layers, and none are claimed
+    assert train.faults([row("fourbit T=8192", **{**mixed, "kernels": 0}), peer]) == []
     for key, value in (("loss", 12.4), ("norm", 0.0), ("norm", "nan")):
         found = train.faults([row("fourbit T=8192", **{**good, key: value}), peer])
         assert found == [f"fourbit T=8192: {key} {value}, bnb-expert has {float(peer[key]):.6g}"]

@@ -165,8 +165,8 @@ def plain(first: Any) -> Attend:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            q, *rest = ctx.saved_tensors
+            q, k, v, out, lse = ctx.saved_tensors
             scale = q.shape[-1] ** -0.5
-            return operations.attention_backward(grads[0], q, *rest, first, scale, 0.0)
+            return operations.attention_backward(grads[0], q, k, v, out, lse, first, scale, 0.0)
 
     return Plain.apply

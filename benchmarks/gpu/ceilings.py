@@ -40,8 +40,11 @@ def products(clock: Clock, *, tiny: bool) -> dict[str, float]:
     """Large 16-bit products: ten at once, and one after another for seconds."""
     import torch
 
+    from gpu.build import dtype_for
+
     size, seconds, at_once = (256, 0.2, 2) if tiny else (8192, 6.0, 50)
-    x, w = (torch.randn(size, size, device=clock.device, dtype=torch.bfloat16) for _ in range(2))
+    dtype = dtype_for(clock.device)
+    x, w = (torch.randn(size, size, device=clock.device, dtype=dtype) for _ in range(2))
     y, work = torch.empty_like(x), 2 * size**3
 
     def product() -> Any:

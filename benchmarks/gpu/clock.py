@@ -91,8 +91,8 @@ class Clock:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             call()
             self.wait()
-        cuda = torch.autograd.DeviceType.CUDA
-        return sum(event.device_type == cuda for event in seen.events())
+        events = seen.events() or ()
+        return sum(event.device_type.name == "CUDA" for event in events)
 
 
 def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:

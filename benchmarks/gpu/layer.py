@@ -47,7 +47,7 @@ def measure(spec: Spec) -> Found:
     from gpu.clock import Clock
 
     clock = Clock(spec["device"])
-    total = dict.fromkeys(COLUMNS[:3], 0.0)
+    total: dict[str, float] = dict.fromkeys(COLUMNS[:3], 0.0)
     for name, (widths, depth) in groups(spec["shape"]).items():
         for way in ("forward", "backward"):
             found = product(clock, spec["tokens"], widths, depth, forward=way == "forward")

@@ -141,7 +141,7 @@ def go(sections: list[str], options: argparse.Namespace) -> None:
                 continue
             found = harness.measure(cases, series(name, options, about, folder))
             print(f"\n{name}\n{results.table(found.rows, numeric(section, found.rows))}")
-            faults += section.faults(found.rows)
+            faults += section.faults([row for row in found.rows if row.get("oom") != "1"])
             whole.rows += found.rows
             whole.skipped |= found.skipped
             whole.failed |= found.failed
@@ -198,12 +198,17 @@ def inline(case: Case) -> list[dict[str, Any]]:
 
 
 def child(spec: dict[str, Any]) -> None:
+    """What a process of a case does: rows, or one that says that memory ran out."""
+    import torch
+
     quiet()
     try:
         for row in SECTIONS[spec["section"]].measure(spec):
             emit(row)
     except Skipped as reason:
         emit({"skipped": str(reason)})
+    except torch.OutOfMemoryError:
+        emit({"oom": 1})
 
 
 def origin(options: argparse.Namespace) -> Row:

@@ -55,7 +55,8 @@ def faults(rows: list[Row]) -> list[str]:
     done = [row for row in rows if row.get("oom") != "1"]
     for row in done:
         side, _, tokens = row["case"].partition(" ")
-        if side.startswith("fourbit") and json.loads(row["paths"]) != {"fused": int(row["layers"])}:
+        ours = side.startswith("fourbit") and row["kernels"] == "1"
+        if ours and json.loads(row["paths"]) != {"fused": int(row["layers"])}:
             found.append(f"{row['case']}: of {row['layers']} layers {row['paths']}, not all fused")
         peers = [r for r in done if r["case"] == f"bnb-expert {tokens}"]
         if side in OTHER_WEIGHTS or not peers:
@@ -72,6 +73,7 @@ def measure(spec: Spec) -> Found:
     from torch import Tensor
 
     from fourbit.device import peak_memory, reset_peak_memory
+    from fourbit.ops import has_kernels
     from gpu import sides
     from gpu.clock import Clock
     from inside import paths, random_ids, seed_adapter
@@ -115,5 +117,6 @@ def measure(spec: Spec) -> Found:
             "peak_gb": (peak_memory(clock.device) or 0) / 1e9,
             "paths": paths(trainee.model) if spec["side"] == "fourbit" else {},
             "layers": config.num_hidden_layers,
+            "kernels": int(has_kernels(clock.device)),
             "length": length,
         }
