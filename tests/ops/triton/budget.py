@@ -21,7 +21,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fourbit.ops.triton import adamw, dequantize, elementwise, loss, norms, product, quantize
+from fourbit.ops.triton import (
+    adamw,
+    decoding,
+    dequantize,
+    elementwise,
+    loss,
+    norms,
+    product,
+    quantize,
+)
 
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -69,6 +78,19 @@ def product_case(name: str, rows: int, step: int, instructions: float) -> Case:
     )  # fmt: skip
 
 
+def joint_case(rows: int, instructions: float) -> Case:
+    constants = {
+        "MEMBERS": 3, "BLOCKSIZE": 64, "DOUBLE": True, "BM": max(16, rows), "BN": 64, "BK": 64,
+        "STEPS": 16,
+    }  # fmt: skip
+    weights = "*u8 *u8 *fp32 *fp32 " * 3
+    return Case(
+        f"few rows of three, {rows}", decoding.few_rows_of,
+        f"*bf16 {weights} *fp32 *fp32 *fp32 i32 i32 i32 i32 i32", constants, 255, 64 * 64,
+        instructions, options={**EXACT, "num_stages": 3},
+    )  # fmt: skip
+
+
 CASES = [
     Case("expand bf16", dequantize.expand, f"{NESTED} *bf16 i32 i32 i32", tile(True, 64), 128,
          dequantize.TILE, 11.0, options=EXACT),
@@ -81,6 +103,20 @@ CASES = [
          options=EXACT),
     product_case("few rows, 1", 1, 64, 26.0),
     product_case("few rows, 64", 64, 64, 30.0),
+    joint_case(1, 26.0),
+    joint_case(64, 30.0),
+    Case("finish", decoding.finish, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 i32 i32 i32 i32",
+         {"PARTS": 2, "BIAS": True, "THIN": 1, "ADDED": True, "BM": 16, "BN": 128, "BR": 64}, 168),
+    Case("attend, part", decoding.attend_part,
+         "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 i32",
+         {"CAPPED": True, "WINDOW": True, "GROUP": 4, "HEAD": 128, "BG": 16, "BD": 128,
+          "BLOCK": 64, "STEPS": 4}, 255),
+    Case("attend, wide heads", decoding.attend_part,
+         "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 i32",
+         {"CAPPED": False, "WINDOW": False, "GROUP": 2, "HEAD": 256, "BG": 16, "BD": 256,
+          "BLOCK": 64, "STEPS": 1}, 255),
+    Case("attend, whole", decoding.attend_whole, "*fp32 *fp32 *fp32 *bf16 i32",
+         {"HEAD": 128, "BD": 128, "PARTS": 16}, 168, warps=1),
     Case("rms norm", norms.rms_forward, "*bf16 *bf16 *bf16 *fp32 i32 i32 i32 fp32 fp32",
          {"WIDTH": 4096, "BLOCK": 4096}, 96, warps=8),
     Case("rms norm, back", norms.rms_backward,
