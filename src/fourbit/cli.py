@@ -84,24 +84,29 @@ def train(
     settings: tuple[str, ...], resume: str | None, overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Fine-tunes a model and writes a run directory."""
+    from fourbit.distributed import joined
     from fourbit.settings import load_settings
     from fourbit.training.config import SHORT_FORMS, TrainConfig
 
     path, overrides = _split(settings)
     if resume is not None:
         overrides.append(("resume", resume))
-    resolved = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS)
-    from fourbit.training.progress import Reporter
-    from fourbit.training.run import train as run_training
+    with joined() as ranks:
+        resolved = load_settings(
+            TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS
+        )
+        from fourbit.training.progress import Reporter
+        from fourbit.training.run import train as run_training
 
-    result = run_training(
-        resolved.value,
-        origins=resolved.origins,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        reporter=Reporter(),
-    )
-    if as_json:
+        result = run_training(
+            resolved.value,
+            origins=resolved.origins,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            reporter=Reporter(),
+            ranks=ranks,
+        )
+    if as_json and ranks.first:
         _print_json(result.as_dict())
 
 

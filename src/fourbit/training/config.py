@@ -84,7 +84,9 @@ class TrainConfig(Settings):
         default=False, description="run the model repository's own code"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        default="auto", description="one process; more are not built yet"
+        default="auto",
+        description="under torchrun: ddp holds the base whole in every process, fsdp divides its"
+        " layers, auto takes ddp where that fits",
     )
     eval_every: int = Field(default=50, ge=0, description="steps between evaluations; 0: ends only")
     save_every: int = Field(
@@ -158,13 +160,6 @@ class TrainConfig(Settings):
                 parse_size(value, where="budget")
             except InputError as error:
                 raise ValueError(f"{error.what}; {error.fix}") from None
-        return value
-
-    @field_validator("parallel")
-    @classmethod
-    def _single_process(cls, value: str) -> str:
-        if value != "auto":
-            raise ValueError(f"parallel: {value} is not built yet; use auto (one process)")
         return value
 
     @field_validator("resume")
