@@ -23,11 +23,14 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start_ranks(commands: Sequence[Sequence[str | Path]]) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    commands: Sequence[Sequence[str | Path]], **environment: str
+) -> list[subprocess.Popen[str]]:
     """One process for each command (the arguments of Python), by rank."""
     common = {
         **os.environ,
         **ENVIRONMENT,
+        **environment,
         "WORLD_SIZE": str(len(commands)),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -56,7 +59,9 @@ def train_on(size: int, *configs: Path) -> None:
         assert code == 0, errors
 
 
-def torchrun(size: int, *arguments: str | Path, restarts: int = 0) -> subprocess.Popen[str]:
+def torchrun(
+    size: int, *arguments: str | Path, restarts: int = 0, **environment: str
+) -> subprocess.Popen[str]:
     """Starts ``torchrun`` with a Python script and its arguments."""
     return subprocess.Popen(
         [
@@ -68,7 +73,7 @@ def torchrun(size: int, *arguments: str | Path, restarts: int = 0) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **ENVIRONMENT},
+        env={**os.environ, **ENVIRONMENT, **environment},
     )
 
 

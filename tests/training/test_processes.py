@@ -15,15 +15,16 @@ import fourbit as library
 from commands import fourbit, train_quietly, write_config
 from fourbit.files import sha256_of
 from fourbit.rundir import RunDir
-from ranks import ended, error_lines, start_ranks, train_on
+from ranks import SABOTEUR, ended, error_lines, start_ranks, torchrun, train_on
 
 FORMATS = {"nf4": {"quant_type": "nf4", "double_quant": True}, "int8": {"quant_type": "int8"}}
 KINDS = [
-    (parallel, quant, packing)
-    for parallel in ("ddp", "fsdp")
-    for quant in FORMATS
-    for packing in (True, False)
+    ("ddp", "nf4", True),
+    ("ddp", "int8", False),
+    ("fsdp", "nf4", False),
+    ("fsdp", "int8", True),
 ]
+OTHERS = [(parallel, quant, not packing) for parallel, quant, packing in KINDS]
 SHORT = {"max_steps": 5, "samples": 0, "save_every": 0, "eval_every": 2}
 
 
@@ -56,19 +57,28 @@ def curve(run: Path) -> list[tuple]:
     return [tuple(line.get(key) for key in keys) for line in RunDir(run).read_metrics()]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, model_folder):
-    """Every kind of run on two processes, in one start of them."""
-    root = tmp_path_factory.mktemp("kinds")
+def name_of(kind: tuple) -> str:
+    return "-".join(map(str, kind))
+
+
+def train_kinds(root: Path, model: Path, kinds: list[tuple]) -> dict[tuple, Path]:
+    """These kinds of runs on two processes, in one start of them."""
     configs = {
-        kind: configured(
-            root / "-".join(map(str, kind)), model_folder("llama"), parallel=kind[0],
-            **settings(*kind[1:]),
-        )
-        for kind in KINDS
-    }  # fmt: skip
+        kind: configured(root / name_of(kind), model, parallel=kind[0], **settings(*kind[1:]))
+        for kind in kinds
+    }
     train_on(2, *configs.values())
     return {kind: config.parent / "run" for kind, config in configs.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, model_folder):
+    return train_kinds(tmp_path_factory.mktemp("kinds"), model_folder("llama"), KINDS)
+
+
+@pytest.fixture(scope="module")
+def other_runs(tmp_path_factory, model_folder):
+    return train_kinds(tmp_path_factory.mktemp("others"), model_folder("llama"), OTHERS)
 
 
 @pytest.fixture(scope="module")
@@ -90,13 +100,20 @@ def alone(tmp_path_factory, model_folder):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
+@pytest.mark.parametrize("kind", KINDS, ids=name_of)
 def test_two_processes_give_the_bytes_of_one(runs, alone, kind):
     assert curve(runs[kind]) == curve(alone(*kind[1:]))
     assert adapter(runs[kind]) == adapter(alone(*kind[1:]))
 
 
-@pytest.mark.parametrize("kind", KINDS[::3], ids=lambda kind: "-".join(map(str, kind)))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS, ids=name_of)
+def test_so_do_the_other_kinds(other_runs, alone, kind):
+    assert curve(other_runs[kind]) == curve(alone(*kind[1:]))
+    assert adapter(other_runs[kind]) == adapter(alone(*kind[1:]))
+
+
+@pytest.mark.parametrize("kind", KINDS[::3], ids=name_of)
 def test_the_receipt_speaks_for_every_process(runs, alone, kind):
     receipt = json.loads((runs[kind] / "receipt.json").read_text())
     assert receipt["ok"]
@@ -108,7 +125,7 @@ def test_the_receipt_speaks_for_every_process(runs, alone, kind):
 
 
 def test_divided_layers_are_half_in_each_of_two_processes(runs):
-    receipt = json.loads((runs["fsdp", "nf4", True] / "receipt.json").read_text())
+    receipt = json.loads((runs["fsdp", "nf4", False] / "receipt.json").read_text())
     held = [rank["layer_bytes"] for rank in receipt["ranks"]]
     # one scale for a whole tensor cannot be divided
     assert sum(held) * 0.49 < min(held)
@@ -177,3 +194,62 @@ def test_sigterm_on_one_rank_saves_and_ends_all(tmp_path, model_folder):
     done = fourbit("train", config, "--resume", "auto")
     assert done.returncode == 0, done.stderr
     assert adapter(run) == adapter(alone)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, model_folder):
+    """Settings of a short run, and the digest of its adapter."""
+    changes = {"samples": 0, "save_every": 2, "eval_every": 3, "max_steps": 6}
+    run = train_quietly(tmp_path_factory.mktemp("whole"), model_folder("llama"), **changes)
+    return changes, adapter(run), curve(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sabotage", ["load:dies:1", "step:dies:7", "save:dies:2",
+                                      "evaluation:dies:2", "step:errs:7"])  # fmt: skip
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_torchrun_goes_on_after_rank_1_is_lost(
+    undisturbed, tmp_path, model_folder, sabotage, parallel
+):
+    changes, digest, whole_curve = undisturbed
+    config = write_config(tmp_path, model_folder("llama"), **changes, parallel=parallel)
+    process = torchrun(2, SABOTEUR, "train", config, restarts=1, SABOTAGE=sabotage)
+    [(code, errors)] = ended([process])
+    assert code == 0, errors
+    told = [line for line in error_lines(errors) if "rank 1" in line]
+    assert told, errors
+    phase = {"load": "loading", "save": "saving"}.get(sabotage.split(":")[0])
+    assert (phase or sabotage.split(":")[0]) in told[0]
+    assert adapter(tmp_path / "run") == digest
+    assert curve(tmp_path / "run") == whole_curve
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_rank_that_hangs_ends_the_others_within_a_minute(
+    undisturbed, tmp_path, model_folder, parallel
+):
+    config = write_config(tmp_path, model_folder("llama"), **undisturbed[0], parallel=parallel)
+    command = [SABOTEUR, "train", config]
+    processes = start_ranks([command] * 2, SABOTAGE="step:hangs:7")
+    run = tmp_path / "run"
+    while steps_done(run) < 2 and processes[0].poll() is None:
+        time.sleep(0.05)
+    began = time.monotonic()
+    _, errors = processes[0].communicate(timeout=120)
+    waited = time.monotonic() - began
+    processes[1].kill()
+    processes[1].communicate()
+    assert processes[0].returncode == 4, errors
+    assert waited < 60
+    lines = error_lines(errors)
+    assert len(lines) == 1, errors
+    assert "rank 1, step 3: hangs" in lines[0]
+
+
+def test_a_rank_that_errs_is_named_by_the_others(undisturbed, tmp_path, model_folder):
+    config = write_config(tmp_path, model_folder("llama"), **undisturbed[0])
+    command = [SABOTEUR, "train", config]
+    results = ended(start_ranks([command] * 2, SABOTAGE="step:errs:5"))
+    assert [code for code, _ in results] == [1, 1]
+    assert "rank 1, step 2: stopped: ZeroDivisionError: sabotage" in results[0][1]

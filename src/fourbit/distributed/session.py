@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ _EXCHANGE = timedelta(minutes=30)
 """For one exchange; processes that are gone are noticed by other means and much earlier."""
 _FAREWELL_SECONDS = 10.0
 """A process that fails stays so long for the others to see why."""
+_SESSIONS = itertools.count()
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -73,6 +75,7 @@ def joined() -> Iterator[Ranks]:
 
 def _join() -> tuple[Ranks, Watchdog]:
     import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     missing = [name for name in _NEEDED if not os.environ.get(name)]
@@ -90,8 +93,10 @@ def _join() -> tuple[Ranks, Watchdog]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         store, rank, size = next(rendezvous("env://", rank, size, timeout=_MEETING))
+        # torchrun keeps its store over restarts, and one process may train several runs
+        store = PrefixStore(f"fourbit/{restarts()}/{next(_SESSIONS)}", store)
         # a connection of its own: one that waits would keep the thread from showing signs
-        own = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
+        own: Any = store.clone()  # type: ignore[attr-defined]  # not in torch's stubs
         watchdog = Watchdog(own, rank, size)
         watchdog.publish()
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_EXCHANGE)

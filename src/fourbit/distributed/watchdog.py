@@ -28,6 +28,8 @@ from typing import Any, Protocol
 from fourbit.errors import EnvironmentFault, FourbitError, one_line
 
 BEAT_SECONDS = 1.0
+_SHORTEST_SECONDS = 0.05
+"""Between two signs, however quickly phases follow each other."""
 DEAD_SECONDS = 20.0
 """Without a sign of life."""
 BROKEN_SECONDS = 6.0
@@ -118,6 +120,7 @@ class Watchdog:
         self._clock = time.pthread_getcpuclockid(self._main.ident or 0)
         self._leaving = threading.Event()
         self._stopped = threading.Event()
+        self._news = threading.Event()
         self._store_at = time.monotonic()
         self.together = False
         self._thread = threading.Thread(target=self._watch, name="fourbit-ranks", daemon=True)
@@ -134,6 +137,7 @@ class Watchdog:
         """Notes what is being done."""
         self._mine.phase = phase
         self.tick()
+        self._news.set()
 
     def tick(self) -> None:
         """Notes that something was done."""
@@ -216,6 +220,7 @@ class Watchdog:
     def stop(self) -> None:
         """Ends the thread, after a last sign."""
         self._stopped.set()
+        self._news.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5 * BEAT_SECONDS)
 
@@ -249,7 +254,9 @@ class Watchdog:
             found = None if self._leaving.is_set() else self.missing()
             if found is not None and not self._leaving.wait(_GRACE_SECONDS):
                 self._end(found)
-            self._stopped.wait(BEAT_SECONDS)
+            if not self._stopped.wait(_SHORTEST_SECONDS):
+                self._news.wait(BEAT_SECONDS - _SHORTEST_SECONDS)
+            self._news.clear()
 
     def _look(self) -> None:
         ranks = list(self._others)
