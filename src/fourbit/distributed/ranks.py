@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -30,6 +31,11 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, watchdog: Watchdog | None = None) -> None:
         self.rank, self.size, self._watchdog = rank, size, watchdog
+
+    @property
+    def here(self) -> int:
+        """How many of them share this host, as far as what started them says."""
+        return 1 if self.alone else int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
 
     @property
     def alone(self) -> bool:

@@ -33,6 +33,8 @@ class TrainingShape:
         grad_accum: micro-batches of a step.
         prompt: the trained prompt, where there is one.
         optim: the optimizer.
+        processes: how many train together; what is planned is one of them.
+        divided: whether each of them holds only a part of the decoder layers.
         cpu_kernels: whether kernels of csrc/ serve where there are some; on a graphics card plain
             PyTorch does.
     """
@@ -49,6 +51,13 @@ class TrainingShape:
     prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()
     cpu_kernels: bool = True
+    processes: int = 1
+    divided: bool = False
+
+    @property
+    def own_grad_accum(self) -> int:
+        """Micro-batches of a step that one process computes at most."""
+        return -(-self.grad_accum // self.processes)
 
     @property
     def positions(self) -> int:

@@ -127,7 +127,12 @@ class TrainConfig(Settings):
         return None if self.budget is None else parse_size(self.budget, where="budget")
 
     def shape(
-        self, *, dtype: torch.dtype, length: int | None = None, cpu_kernels: bool = True
+        self,
+        *,
+        dtype: torch.dtype,
+        length: int | None = None,
+        cpu_kernels: bool = True,
+        processes: int = 1,
     ) -> TrainingShape:
         """What decides the run's memory.
 
@@ -135,6 +140,7 @@ class TrainConfig(Settings):
             dtype: of activations.
             length: of the longest sequence; None takes ``data.max_length``.
             cpu_kernels: see `TrainingShape`.
+            processes: how many train together.
         """
         longest = self.data.max_length if length is None or self.data.packing else length
         return TrainingShape(
@@ -150,6 +156,8 @@ class TrainConfig(Settings):
             prompt=self.prompt,
             optim=self.optim,
             cpu_kernels=cpu_kernels,
+            processes=processes,
+            divided=processes > 1 and self.parallel == "fsdp",
         )
 
     @field_validator("budget")

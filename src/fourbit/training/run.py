@@ -318,6 +318,7 @@ class _Run:
         self._settle()
         device = devices.default_device()
         self.dtype = devices.resolve_precision(self.config.precision, device)
+        self._require_divisible()
         rows = read_rows(self.config.data)
         self.source = resolve_source(self.config.model, revision=self.config.revision)
         trust = self.config.trust_remote_code
@@ -332,6 +333,26 @@ class _Run:
             fix="give every host the same files",
         )
         self._plan(device)
+
+    def _require_divisible(self) -> None:
+        """Divided layers exclude what would need whole tensors, or another reduction.
+
+        Raises:
+            InputError: naming the setting.
+        """
+        if not self.divides:
+            return
+        wrong = {
+            "optim.optim_bits: 8 scales blocks of whole tensors": self.config.optim.optim_bits == 8,
+            "precision: fp16 needs one scaler for all parts": self.dtype == torch.float16,
+        }
+        for what in (what for what, is_so in wrong.items() if is_so):
+            raise InputError(
+                "not-divisible",
+                where="parallel",
+                what=f"fsdp divides tensors, and {what}",
+                fix="use optim_bits: 32 and precision: bf16 or fp32, or parallel: ddp",
+            )
 
     def _require_same_settings(self) -> None:
         """Ranks may read their configuration from different disks."""
@@ -404,9 +425,17 @@ class _Run:
         )
 
     def _plan(self, device: torch.device) -> None:
-        self.room = planning.Room.here(device, budget=self.config.budget_bytes)
+        here = planning.Room.here(
+            device, budget=self.config.budget_bytes, processes=self.ranks.here
+        )
+        # all have to come to the same plan
+        rooms = self.ranks.gather([here.available, here.baseline])
+        known = [available for available, _ in rooms if available is not None]
+        least = min(known) if len(known) == len(rooms) else None
+        self.room = replace(here, available=least, baseline=max(base for _, base in rooms))
         if self.config.budget is None:
             self.plan = planning.plan_training(self.model_config, self._shape(), self.room)
+            self._choose_parallel()
         else:
             # what is resumed keeps the batches it began with
             self.config = replaced(self.config, self.gave_way)
@@ -415,11 +444,25 @@ class _Run:
         for text in self.plan.lines():
             self.say.line(text)
 
-    def _shape(self) -> planning.TrainingShape:
-        return self.config.shape(
+    def _choose_parallel(self) -> None:
+        """Divides the layers where the whole base does not fit into each process."""
+        possible = self.config.optim.optim_bits == 32 and self.dtype != torch.float16
+        if self.ranks.alone or self.config.parallel != "auto":
+            return
+        if self.plan.fits is False and possible:
+            divided = self.config.model_copy(update={"parallel": "fsdp"})
+            plan = planning.plan_training(self.model_config, self._shape(divided), self.room)
+            if plan.fits:
+                self.config, self.plan = divided, plan
+                self.origins["parallel"] = "the plan"
+                self.say.line("parallel: fsdp, as the whole base does not fit into each process")
+
+    def _shape(self, config: TrainConfig | None = None) -> planning.TrainingShape:
+        return (config or self.config).shape(
             dtype=self.dtype,
             length=int(self.data.train.lengths.max()),
             cpu_kernels=devices.default_device().type == "cpu",
+            processes=self.ranks.size,
         )
 
     def _give_way(self, settings: Mapping[str, Any]) -> None:
