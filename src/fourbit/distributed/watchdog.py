@@ -137,10 +137,11 @@ class Watchdog:
         self._judge.start()
 
     def enter(self, phase: str) -> None:
-        """Notes what is being done."""
+        """Notes what is being done, for all to see at once: it may be the last that is heard."""
         self._mine.phase = phase
         self.tick()
-        self._news.set()
+        with suppress(Exception):  # of a store that is gone, which the judge will tell
+            self._show()
 
     def tick(self) -> None:
         """Notes that something was done."""
