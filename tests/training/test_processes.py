@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,10 +16,10 @@ import pytest
 import yaml
 
 import fourbit as library
-from commands import fourbit, train_quietly, write_config
+from commands import ENVIRONMENT, fourbit, train_quietly, write_config
 from fourbit.files import sha256_of
 from fourbit.rundir import RunDir
-from ranks import SABOTEUR, ended, error_lines, start_ranks, torchrun, train_on
+from ranks import SABOTEUR, ended, error_lines, free_port, start_ranks, torchrun, train_on
 
 FORMATS = {"nf4": {"quant_type": "nf4", "double_quant": True}, "int8": {"quant_type": "int8"}}
 KINDS = [
@@ -254,3 +257,69 @@ def test_a_rank_that_errs_is_named_by_the_others(undisturbed, tmp_path, model_fo
     results = ended(start_ranks([command] * 2, SABOTAGE="step:errs:5"))
     assert [code for code, _ in results] == [1, 1]
     assert "rank 1, step 3: stopped: ZeroDivisionError: sabotage" in results[0][1]
+
+
+def ip(*words: str) -> bool:
+    return subprocess.run(["ip", *words], capture_output=True, check=False).returncode == 0
+
+
+@pytest.fixture
+def two_hosts():
+    """Names of two network namespaces with a link between them, 10.77.0.1 and 10.77.0.2."""
+    if shutil.which("ip") is None or not ip("netns", "add", "fourbit0"):
+        pytest.skip("network namespaces need root and iproute2")
+    names = ["fourbit0", "fourbit1"]
+    try:
+        assert ip("netns", "add", names[1])
+        assert ip("link", "add", "fb0", "type", "veth", "peer", "name", "fb1")
+        for number, name in enumerate(names):
+            assert ip("link", "set", f"fb{number}", "netns", name)
+            assert ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", f"fb{number}")
+            assert ip("-n", name, "link", "set", f"fb{number}", "up")
+            assert ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def start_hosts(names: list[str], config: Path) -> list[subprocess.Popen[str]]:
+    port = str(free_port())
+    return [
+        subprocess.Popen(
+            [
+                *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"),
+                *("--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"),
+                *("--master-addr", "10.77.0.1", "--master-port", port),
+                *("-m", "fourbit", "train", str(config)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": f"fb{number}"},
+        )
+        for number, name in enumerate(names)
+    ]
+
+
+@pytest.mark.slow
+def test_two_hosts_run_one_job(undisturbed, two_hosts, tmp_path, model_folder):
+    changes, digest, _ = undisturbed
+    config = write_config(tmp_path, model_folder("llama"), **changes)
+    results = ended(start_hosts(two_hosts, config))
+    assert [code for code, _ in results] == [0, 0], results
+    assert adapter(tmp_path / "run") == digest
+
+
+@pytest.mark.slow
+def test_a_link_that_is_cut_ends_both_hosts_within_a_minute(two_hosts, tmp_path, model_folder):
+    config = write_config(tmp_path, model_folder("llama"), epochs=400, samples=0)
+    processes = start_hosts(two_hosts, config)
+    while steps_done(tmp_path / "run") < 3 and processes[0].poll() is None:
+        time.sleep(0.1)
+    assert ip("-n", two_hosts[1], "link", "set", "fb1", "down")
+    began = time.monotonic()
+    results = ended(processes)
+    assert time.monotonic() - began < 60
+    assert "rank 1, step" in error_lines(results[0][1])[0]
+    assert "has not answered" in error_lines(results[1][1])[0]

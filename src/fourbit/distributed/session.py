@@ -152,11 +152,13 @@ def _ending(error: BaseException, watchdog: Watchdog) -> BaseException:
     )
     if not caused or isinstance(error, (KeyboardInterrupt, GeneratorExit)):
         return error
-    until = time.monotonic() + BROKEN_SECONDS + 1
-    while time.monotonic() < until and not watchdog.all_ended():
+    until = time.monotonic() + BROKEN_SECONDS + 2
+    while time.monotonic() < until:
         found = watchdog.missing(BROKEN_SECONDS)
         if found is not None and found.exit_code != Preempted.exit_code:
             return found
+        if watchdog.all_ended():
+            break
         time.sleep(0.1)
     return error
 
@@ -178,4 +180,7 @@ def _say_goodbye(watchdog: Watchdog) -> None:
     """Stays until every other process knows: what starts processes ends all when one has ended."""
     until = time.monotonic() + _FAREWELL_SECONDS
     while time.monotonic() < until and not watchdog.all_ended():
+        time.sleep(0.1)
+    # rank 0 may keep the store in which the others read
+    while watchdog.rank == 0 and time.monotonic() < until and not watchdog.all_heard():
         time.sleep(0.1)

@@ -1,7 +1,7 @@
 """Who is still there: every process shows signs of life, and notices when another's end.
 
-A thread writes this process's sign into the store that the processes met at, and reads the others'.
-A process counts as
+One thread writes this process's sign into the store that the processes met at, and reads the
+others'; a second judges, as the first may itself wait for a host that is gone. A process counts as
 
 - *failed* when it says so itself, with the error it stopped for;
 - *dead* when its signs end;
@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,7 @@ HANGING_SECONDS = 40.0
 """Without progress, computation or waiting for others."""
 _GRACE_SECONDS = 4.0
 """For a process to say by itself what another has already said."""
+_LAST_WORD_SECONDS = 0.5
 _COMPUTED_SECONDS = 0.2
 """Computation that counts as such."""
 
@@ -65,6 +66,7 @@ class Sign:
         waits: whether it waits for others.
         failed: the error it stopped for: ``line``, ``what`` and ``exit_code``.
         left: whether it has ended as it should.
+        heard: whether it knows how every other process ended, and asks for nothing any more.
     """
 
     beat: int = 0
@@ -74,6 +76,7 @@ class Sign:
     waits: bool = False
     failed: dict[str, Any] | None = None
     left: bool = False
+    heard: bool = False
 
 
 @dataclass
@@ -123,7 +126,8 @@ class Watchdog:
         self._news = threading.Event()
         self._store_at = time.monotonic()
         self.together = False
-        self._thread = threading.Thread(target=self._watch, name="fourbit-ranks", daemon=True)
+        self._signs = threading.Thread(target=self._exchange, name="fourbit-signs", daemon=True)
+        self._judge = threading.Thread(target=self._watch, name="fourbit-ranks", daemon=True)
 
     def publish(self) -> None:
         """Leaves the first sign; every process has to, before any starts to watch."""
@@ -131,13 +135,15 @@ class Watchdog:
 
     def start(self) -> None:
         """Begins to watch."""
-        self._thread.start()
+        self._signs.start()
+        self._judge.start()
 
     def enter(self, phase: str) -> None:
-        """Notes what is being done."""
+        """Notes what is being done, for all to see at once: it may be the last that is heard."""
         self._mine.phase = phase
         self.tick()
-        self._news.set()
+        with suppress(Exception):  # of a store that is gone, which the judge will tell
+            self._show()
 
     def tick(self) -> None:
         """Notes that something was done."""
@@ -205,6 +211,12 @@ class Watchdog:
                 for one in self._others.values()
             )
 
+    def all_heard(self) -> bool:
+        """Whether no other process needs the store any more, or will ever ask again."""
+        silent = time.monotonic() - BROKEN_SECONDS
+        with self._lock:
+            return all(one.sign.heard or one.alive_at < silent for one in self._others.values())
+
     def first_failure(self, rank: int) -> dict[str, Any] | None:
         """What another process said it stopped for."""
         with self._lock:
@@ -215,14 +227,14 @@ class Watchdog:
         """Says how this process ends; from now on others do not end it."""
         self._leaving.set()
         self._mine.failed, self._mine.left = failed, failed is None
-        self._mine.beat += 1
+        self._news.set()
 
     def stop(self) -> None:
-        """Ends the thread, after a last sign."""
+        """Ends the threads, after a last sign."""
+        self._mine.heard = True
         self._stopped.set()
         self._news.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5 * BEAT_SECONDS)
+        self._signs.join(timeout=5 * BEAT_SECONDS)
 
     def _unreachable(self) -> FourbitError:
         return EnvironmentFault(
@@ -238,25 +250,25 @@ class Watchdog:
         sign.computed = time.clock_gettime(self._clock)
         self._store.set(_key(self.rank), json.dumps(asdict(sign)))
 
-    def _watch(self) -> None:
-        while True:
+    def _exchange(self) -> None:
+        last = False
+        while not last:
             last = self._stopped.is_set()
-            try:
+            self._news.clear()
+            # torch's own kinds of errors; silence is what is acted on
+            with suppress(Exception):
                 if self._reads_disk():
                     self.tick()
                 self._show()
                 self._look()
-            except Exception:  # noqa: BLE001  # torch's own kinds; silence is what is acted on
-                if last:
-                    return
-            if last:
-                return
-            found = None if self._leaving.is_set() else self.missing()
-            if found is not None and not self._leaving.wait(_GRACE_SECONDS):
-                self._end(found)
             if not self._stopped.wait(_SHORTEST_SECONDS):
                 self._news.wait(BEAT_SECONDS - _SHORTEST_SECONDS)
-            self._news.clear()
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(BEAT_SECONDS):
+            found = self.missing()
+            if found is not None and not self._leaving.wait(_GRACE_SECONDS):
+                self._end(found)
 
     def _look(self) -> None:
         ranks = list(self._others)
@@ -276,9 +288,10 @@ class Watchdog:
     def _end(self, found: FourbitError) -> None:
         line = found.line()
         self._mine.failed = as_failure(found)
+        self._news.set()
         try:
-            self._show()
             self.on_end(line)
+            time.sleep(_LAST_WORD_SECONDS)
         finally:
             sys.stderr.write(one_line(f"rank {self.rank} stops: {line}") + "\n")
             sys.stderr.flush()

@@ -464,7 +464,6 @@ class TrainLoop:
         """Mean loss per supervised token; None when ``stop`` asked to break off."""
         model = self.objective.model
         model.eval()
-        self.exchange.ranks.phase(f"evaluation after step {self.state.step}")
         micro = batches.epoch(0)
 
         def compute(index: int) -> float:

@@ -784,6 +784,7 @@ class _Run:
         if self.data.eval is None:
             return None
         batches = self._batches(self.data.eval, seed=0)
+        self.ranks.phase(f"evaluation after step {self.loop.state.step}")
         self.say.line(title)
         loss = self.loop.evaluate(
             self.data.eval, batches, stop=lambda: self.guard.caught is not None
