@@ -15,6 +15,7 @@ from fourbit.doctor import (
     arena_finding,
     diagnose,
     disk_finding,
+    gpu_kernels_finding,
     graphics_cards,
     hub_finding,
     kernels_missing,
@@ -146,3 +147,13 @@ def test_every_op_that_exists_is_looked_at():
         if name.startswith("fourbit::")
     }
     assert names == set(doctor._OPS)
+
+
+def test_kernels_of_a_graphics_card():
+    assert gpu_kernels_finding("3.6.0", (9, 0)).level == "ok"
+    old = gpu_kernels_finding("3.6.0", (7, 5))
+    assert old.level == "note"
+    assert "sm_75" in old.what
+    absent = gpu_kernels_finding(None, (9, 0))
+    assert absent.level == "warning"
+    assert absent.fix == "pip install triton"

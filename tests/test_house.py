@@ -16,11 +16,11 @@ FLOORS = [
     {"errors"},
     {"files", "settings", "native", "arena"},
     {"codebook", "device", "shards", "rundir", "methods"},
-    {"ops", "checkpoint"},
+    {"ops", "checkpoint", "distributed"},
     {"quantize"},
     {"calibrated", "absmax"},
     {"linear"},
-    {"lora", "loss", "optim", "prompts", "bnb_format", "experts", "fused"},
+    {"lora", "loss", "optim", "prompts", "bnb_format", "experts", "fused", "offload"},
     {
         "integrations.config",
         "integrations.experts",

@@ -20,6 +20,7 @@ from fourbit import arena, native
 from fourbit.device import Machine, default_device, machine, resolve_precision
 from fourbit.files import human_bytes
 from fourbit.ops import reference as reference  # registers the ops asked about below
+from fourbit.ops.triton import registry as triton
 from fourbit.sources import ALIASES
 from fourbit.training.checkup import RunFinding, check_up
 
@@ -263,25 +264,50 @@ def disk_finding(free: int, folder: Path) -> Finding:
 
 
 def _kernels() -> Finding:
-    key = "CUDA" if default_device().type == "cuda" else "CPU"
-    trouble = native.trouble() if key == "CPU" else None
+    device = default_device()
+    if device.type == "cuda":
+        version = importlib.import_module("triton").__version__ if triton.installed() else None
+        return gpu_kernels_finding(version, torch.cuda.get_device_capability(device))
+    trouble = native.trouble()
     if trouble is not None:
         return kernels_missing(trouble)
     fast = [
         name
         for name in _OPS
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fourbit::{name}", key)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fourbit::{name}", "CPU")
     ]
     if not fast:
-        return Finding("ok", f"kernels: none, every operation on {key} is served by plain PyTorch")
-    made = f"{native.isa()} (csrc)" if key == "CPU" else key
+        return Finding("ok", "kernels: none, every operation on the CPU is served by plain PyTorch")
     best = native.supported()[-1:]
     held = ""
-    if key == "CPU" and best and best[0] != native.isa():
+    if best and best[0] != native.isa():
         held = f", held below {best[0]} by ATEN_CPU_CAPABILITY or ONEDNN_MAX_CPU_ISA"
     plain = [name for name in _OPS if name not in fast]
     rest = f"; plain PyTorch serves {', '.join(plain)}" if plain else ""
-    return Finding("ok", f"kernels: {made}{held}, for {', '.join(fast)}{rest}")
+    return Finding("ok", f"kernels: {native.isa()} (csrc){held}, for {', '.join(fast)}{rest}")
+
+
+def gpu_kernels_finding(version: str | None, capability: tuple[int, int]) -> Finding:
+    """Which kernels serve on a graphics card.
+
+    Args:
+        version: of Triton; None: it is not installed.
+        capability: of the card, as the driver tells it.
+    """
+    if version is None:
+        return Finding(
+            "warning",
+            "kernels: none, plain PyTorch serves, slower and with more memory: no Triton",
+            "pip install triton",
+        )
+    card = f"sm_{capability[0]}{capability[1]}"
+    if capability < triton.FIRST:
+        return Finding(
+            "note",
+            f"kernels: Triton {version} for what passes over memory; products, attention and the "
+            f"layers of transformers are PyTorch's, for Triton has no tensor cores on {card}",
+        )
+    return Finding("ok", f"kernels: Triton {version} on {card}, fused layers where they are known")
 
 
 def kernels_missing(trouble: native.Trouble) -> Finding:

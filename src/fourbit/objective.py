@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from fourbit.loss import (
     token_losses,
 )
 from fourbit.methods import Method, quantized_base
+from fourbit.offload import Offload
 
 _PROBE_TOKENS = 24
 
@@ -52,11 +54,14 @@ class Objective:
     Args:
         model: a causal LM, with or without PEFT around it.
         autocast_dtype: dtype of mixed precision; None when everything already has one dtype.
+        chunked: whether logits are made chunk by chunk.
+        offload: where what lies between recomputed layers waits for backward; None: here.
     """
 
     model: nn.Module
     autocast_dtype: torch.dtype | None = None
     chunked: bool = True
+    offload: Offload | None = None
 
     def __post_init__(self) -> None:
         self.base: PreTrainedModel = base_model(self.model)
@@ -125,6 +130,22 @@ class Objective:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
+    def offload_activations(self, folder: Path | None = None) -> None:
+        """From now on what lies between layers waits elsewhere, and the rest is recomputed.
+
+        Args:
+            folder: of the file, where the model is on a CPU.
+        """
+        self.recompute_activations()
+        width = self.base.config.get_text_config().hidden_size
+        self.offload = Offload(width, self.device, folder=folder)
+
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        away = self.offload is not None and torch.is_grad_enabled()
+        with self.autocast(), self.offload.saving() if away and self.offload else nullcontext():
+            yield
+
     def hidden(self, batch: Batch) -> Tensor:
         """``[B, T, H]``: what the head is given, at the positions of the text."""
         return self.hidden_of(self.inputs_of(batch))
@@ -132,7 +153,7 @@ class Objective:
     def hidden_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The same of what the model is given."""
         backbone = self.base.base_model
-        with self.autocast():
+        with self._forward():
             return backbone(**inputs, use_cache=False)[0][:, self._skipped :]
 
     def logits(self, batch: Batch) -> Tensor:
@@ -140,7 +161,7 @@ class Objective:
         return self._logits(self.inputs_of(batch))
 
     def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        with self.autocast():
+        with self._forward():
             return self.base(**inputs, use_cache=False).logits[:, self._skipped :]
 
     def loss_sum(self, batch: Batch) -> Tensor:

@@ -20,7 +20,15 @@ HERE = Path(__file__).parent / "triton"
 
 
 def child(script: str, *arguments: str, interpret: bool) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tests = HERE.parents[1]
+    paths = [
+        str(tests),
+        *(str(tests / name) for name in ("integrations", "planning")),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }  # fmt: skip
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
@@ -32,12 +40,35 @@ def child(script: str, *arguments: str, interpret: bool) -> str:
     return done.stdout
 
 
-GROUPS = ("quantize", "dequantize", "product", "rows", "dropout", "loss", "adamw", "int8", "layers")
+GROUPS = (
+    "quantize", "dequantize", "product", "rows", "dropout", "loss", "adamw",
+    "adamw_many", "int8", "layers",
+    "attention",
+)  # fmt: skip
+
+
+# a norm of its own, capped scores with a window, norms of heads, layer norms
+MODELS = ("llama", "gemma2", "qwen3", "gpt2")
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_kernels_equal_the_reference_in_the_interpreter(group):
     assert f"{group}: equal" in child("compare.py", group, "cpu", interpret=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_layers_equal_transformers_in_the_interpreter(name):
+    assert f"{name}: equal" in child("fused.py", name, "cpu", interpret=True)
+
+
+def test_a_plan_for_a_gpu_counts_what_its_kernels_allocate():
+    assert "llama: planned" in child("planned.py", "llama", interpret=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_fused_layers_equal_transformers_on_a_gpu(name):
+    assert f"{name}: equal" in child("fused.py", name, "cuda", interpret=False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -46,7 +77,7 @@ def test_kernels_equal_the_reference_on_a_gpu(group):
     assert f"{group}: equal" in child("compare.py", group, "cuda", interpret=False)
 
 
-@pytest.mark.parametrize("arch", ["80", "89", "90"])
+@pytest.mark.parametrize("arch", ["80", pytest.param("89", marks=pytest.mark.slow), "90"])
 def test_kernels_stay_within_their_budget(arch, tmp_path):
     """Compiled by ptxas for a card that is not here: registers, spills, instructions a weight."""
     out = child("budget.py", arch, str(tmp_path), interpret=False)

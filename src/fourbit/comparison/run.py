@@ -7,9 +7,6 @@ would count for the next. What is finished is on disk, so a comparison that was 
 from __future__ import annotations
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +15,19 @@ from typing import Any
 
 from fourbit.comparison.results import Comparison, Outcome
 from fourbit.comparison.variants import Variant, held
-from fourbit.errors import EnvironmentFault, FourbitError, InputError, Interrupted, Preempted
+from fourbit.errors import EnvironmentFault, InputError
 from fourbit.evaluation.run import split_tasks
 from fourbit.files import replace_file, valid_json
 from fourbit.methods import quantized_base
 from fourbit.rundir import RunDir, check_path
 from fourbit.settings import Resolved, dump_settings, replaced
+from fourbit.training.child import ChildFailed, run_command
 from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
 from fourbit.training.reporting import flatten
 from fourbit.training.signals import SignalGuard
 
 STATE = "compare.json"
-_STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)
 _NOT_COMPARED = {"output", "resume", "seed"}
 
 
@@ -211,9 +208,9 @@ class _Job:
             run = self.folder / name / f"seed-{seed}"
             trained = self._train(config, name, seed, run)
             after = self._measured(config, run, f"{name}-seed{seed}")
-        except _Failed as failure:
-            self.say.warn(f"{name}, seed {seed}: {failure.line}")
-            return Outcome(failed=failure.line)
+        except ChildFailed as failure:
+            self.say.warn(f"{name}, seed {seed}: {failure.line()}")
+            return Outcome(failed=failure.line())
         metrics = RunDir(run).read_metrics()
         plan = json.loads((run / "plan.json").read_text(encoding="utf-8")).get("plan", {})
         return Outcome(trained, before, after, metrics, plan)
@@ -271,49 +268,7 @@ class _Job:
         }
 
     def _child(self, *words: object) -> dict[str, Any]:
-        """A command of ours in a process of its own; its progress goes to our stderr.
-
-        Raises:
-            _Failed: it ended with an error of that run alone.
-            Interrupted, Preempted: it was stopped, or we were.
-        """
-        command = [sys.executable, "-m", "fourbit", *map(str, words)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            try:
-                out, _ = child.communicate()
-            except BaseException:
-                child.send_signal(signal.SIGTERM)
-                child.wait()
-                raise
-        if child.returncode in _STOPPED:
-            kind = Interrupted if child.returncode in (130, -signal.SIGINT) else Preempted
-            raise kind(
-                "interrupted",
-                where=str(self.folder),
-                what="stopped; what is finished stays",
-                fix="the same command goes on",
-            )
-        try:
-            told = json.loads(out.strip().splitlines()[-1])
-        except (ValueError, IndexError):
-            told = {}
-        if child.returncode or "error" in told:
-            raise _Failed(child.returncode, told.get("error") or {})
-        return told
-
-
-class _Failed(Exception):
-    """A run that ended with an error; the others go on."""
-
-    def __init__(self, code: int, error: Mapping[str, Any]) -> None:
-        known = FourbitError(
-            str(error.get("code", "ended")),
-            where=str(error.get("where", "the run")),
-            what=str(error.get("what", f"ended with exit code {code}")),
-            fix=str(error.get("fix", "")),
-        )
-        super().__init__(code)
-        self.line = known.line()
+        return run_command(*words, where=str(self.folder))
 
 
 def _each(path: Path) -> list[dict[str, Any]]:

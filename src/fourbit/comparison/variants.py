@@ -98,7 +98,7 @@ def _overridden(values: dict[str, Any], variant: Variant) -> TrainConfig:
         path = Path(folder) / "config.yaml"
         path.write_text(yaml.safe_dump(_plain(values)), encoding="utf-8")
         try:
-            return load_settings(
+            config = load_settings(
                 TrainConfig, path=path, overrides=variant.overrides, short_forms=SHORT_FORMS
             ).value
         except InputError as error:
@@ -106,6 +106,14 @@ def _overridden(values: dict[str, Any], variant: Variant) -> TrainConfig:
             raise InputError(
                 error.code, where=f"{variant.name}, {where}", what=error.what, fix=error.fix
             ) from None
+    if config.quant.calibrate is not None:
+        raise InputError(
+            "bad-argument",
+            where=f"{variant.name}, quant.calibrate",
+            what="a comparison sets every method against the same untouched base",
+            fix="calibrate it before: fourbit quantize MODEL -o BASE --calibrate FILE",
+        )
+    return config
 
 
 def _plain(value: Any) -> Any:

@@ -7,15 +7,31 @@ float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
 import torch
 from torch import Tensor
 
 from fourbit import native, ops
 from fourbit.fused.parts import Norm
 from fourbit.ops.cpu.dropout import run_dropout
-from fourbit.ops.triton import serves
+from fourbit.ops.triton import imagining, serves
 
 _KINDS = {"silu": 0, "gelu_tanh": 1}
+_Given = ParamSpec("_Given")
+
+
+def _left_out_of_plans(function: Callable[_Given, None]) -> Callable[_Given, None]:
+    """A plan for a GPU has nothing to compute, and a kernel allocates nothing."""
+
+    @wraps(function)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> None:
+        if not imagining():
+            function(*args, **kwargs)
+
+    return call
 
 
 def _call(name: str, arguments: str, x: Tensor, *values: object) -> None:
@@ -29,6 +45,7 @@ def statistics_like(x: Tensor, norm: Norm, *, groups: int = 1) -> Tensor:
     return torch.empty(x.shape[0], columns, dtype=torch.float32, device=x.device)
 
 
+@_left_out_of_plans
 def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: int = 1) -> None:
     """Writes the norm of ``x`` into ``y``.
 
@@ -74,6 +91,7 @@ def normalize(x: Tensor, norm: Norm, y: Tensor, statistics: Tensor, *, groups: i
     y.copy_((wide * rstd * (norm.weight.float() + norm.offset)).reshape(x.shape))
 
 
+@_left_out_of_plans
 def normalize_backward(
     grad: Tensor,
     x: Tensor,
@@ -134,6 +152,7 @@ def normalize_backward(
     dx.copy_(result if added is None else result + added.float())
 
 
+@_left_out_of_plans
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = False) -> None:
     """Turns the first columns of each head by its row's position, in place.
 
@@ -167,6 +186,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool = Fal
         view[..., half:rotary] = high * c2 + low * s2
 
 
+@_left_out_of_plans
 def activate(x: Tensor, h: Tensor, *, kind: str, gated: bool) -> None:
     """Writes ``act(a) * b`` (gated: a row of ``x`` is a, then b) or ``act(x)`` into ``h``."""
     if native.reads(x):
@@ -183,6 +203,7 @@ def activate(x: Tensor, h: Tensor, *, kind: str, gated: bool) -> None:
     h.copy_(value * x[:, h.shape[1] :].float() if gated else value)
 
 
+@_left_out_of_plans
 def activate_backward(
     x: Tensor, grad: Tensor, dx: Tensor, h: Tensor, *, kind: str, gated: bool
 ) -> None:
@@ -216,6 +237,7 @@ def _activation(x: Tensor, kind: str) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+@_left_out_of_plans
 def drop(x: Tensor, out: Tensor, *, seed: int, dropout: float, add: bool = False) -> None:
     """Writes ``x * mask / (1 - dropout)`` into ``out``, or adds it there; both contiguous.
 

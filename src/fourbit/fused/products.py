@@ -41,7 +41,8 @@ def _native(x: Tensor, *factors: Tensor) -> bool:
     return all(factor.dtype in (torch.float32, torch.bfloat16) for factor in factors)
 
 
-def _multiplies(x: Tensor, *factors: Tensor) -> bool:
+def multiplies(x: Tensor, *factors: Tensor) -> bool:
+    """Whether products with ``x`` are ours; else they are the library's, of expanded weights."""
     if x.dtype == torch.bfloat16 and "amx_bf16" in instruction_sets():
         return False  # the matrix unit is reached through torch's product only
     return _native(x, *factors)
@@ -68,7 +69,7 @@ def multiply(
         added: ``[M, N]`` like ``out``, and not the same memory.
     """
     fields = None
-    ours = _multiplies(x, *(() if thin is None else (thin[1],)))
+    ours = multiplies(x, *(() if thin is None else (thin[1],)))
     if isinstance(weight, Weights):
         fields = weight.packed() if ours and native.isa() in _DECODING else None
         strides = weight.strides
@@ -76,14 +77,15 @@ def multiply(
     else:
         plain, strides = weight, weight.stride()
     if plain is not None and not ours:
-        if bias is None:
+        start = bias if added is None else added
+        if start is None:
             torch.mm(x, plain, out=out)
         else:
-            torch.addmm(bias, x, plain, out=out)
+            torch.addmm(start, x, plain, out=out)
+        if added is not None and bias is not None:
+            out.add_(bias)
         if thin is not None:
             add_expanded_(out, thin[0], thin[1], scale=thin[2])
-        if added is not None:
-            out.add_(added)
         return
     u, factor, scale = thin or (x[:, :0], x[:0], 1.0)
     (rows, depth), width, rank = x.shape, out.shape[1], u.shape[1]

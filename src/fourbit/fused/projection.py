@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fourbit.fused.parts import Projection
 from fourbit.fused.primitives import drop
-from fourbit.fused.products import add_expanded_, gradient, multiply, reduce
+from fourbit.fused.products import add_expanded_, gradient, multiplies, multiply, reduce
 from fourbit.fused.scratch import SCRATCH
 from fourbit.fused.weights import Weights
 
@@ -75,6 +75,9 @@ class Group:
             ``drop(x) · Aᵀ``, ``[M, r]`` for each adapter: what `backward` needs.
         """
         kept = self._reduced(x, adapters)
+        if len(self.parts) > 1 and not multiplies(x):
+            self._together(x, adapters, kept, out, added)
+            return kept
         thin = {
             columns.start: (u, adapters[2 * index + 1].t(), projection.scaling)
             for (index, projection, columns, _), u in zip(self.adapted, kept, strict=True)
@@ -90,6 +93,23 @@ class Group:
                 added=None if added is None else added[:, columns],
             )
         return kept
+
+    def _together(
+        self,
+        x: Tensor,
+        adapters: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        out: Tensor,
+        added: Tensor | None,
+    ) -> None:
+        """`forward` with one product of the library for all weights, then the adapters."""
+        multiply(x, Weights(tuple(p.base for p in self.projections)).t(), out, added=added)
+        for projection, columns in self.parts:
+            if projection.base.bias is not None:
+                out[:, columns].add_(projection.base.bias.detach().to(out.dtype))
+        for (index, projection, columns, _), u in zip(self.adapted, kept, strict=True):
+            factor = adapters[2 * index + 1].t()
+            add_expanded_(out[:, columns], u, factor, scale=projection.scaling)
 
     def _reduced(self, x: Tensor, adapters: Sequence[Tensor]) -> list[Tensor]:
         ranks = [A.shape[0] for A in adapters[::2]]

@@ -1,4 +1,4 @@
-"""Our CPU attention as an implementation that transformers' models can be switched to.
+"""Our attention as an implementation that transformers' models can be switched to.
 
 Registered under the name "fourbit" through `AttentionInterface` and `AttentionMaskInterface`, so it
 serves every architecture that asks for its attention there. The mask that a model would get anyway
@@ -22,22 +22,23 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fourbit import native
 from fourbit.errors import ModelError
+from fourbit.ops import fused_dtypes, has_kernels
 from fourbit.ops.attention import attention
 
 NAME = "fourbit"
 
 _RANGES = "_fourbit_ranges"
+_DEVICES = ("cpu", "cuda")
 
 
 def use_native_attention(model: PreTrainedModel) -> bool:
     """Switches a model to our attention where there are kernels and nothing else changes.
 
-    It is faster than PyTorch's with every instruction set, the plainest included. Left as they
-    are: models on another device, models that were given another implementation than the automatic
-    one, and architectures whose code names "sdpa" (it then does something for it that we would not
-    get).
+    On a CPU it is faster than PyTorch's with every instruction set, the plainest included; on a
+    GPU it takes packed documents without a matrix of who sees whom. Left as they are: models that
+    were given another implementation than the automatic one, and architectures whose code names
+    "sdpa" (it then does something for it that we would not get).
 
     Args:
         model: loaded, with the implementation that transformers chose by itself.
@@ -45,7 +46,7 @@ def use_native_attention(model: PreTrainedModel) -> bool:
     Returns:
         Whether the model now uses it.
     """
-    if model.device.type != "cpu" or native.isa() is None:
+    if model.device.type not in _DEVICES or not has_kernels(model.device):
         return False
     if not _automatic(model) or not model._can_set_attn_implementation():
         return False
@@ -158,7 +159,7 @@ def visible_ranges(mask: Tensor | None) -> Ranges | None:
 
 def _may_be_ranges(mask: Tensor, kwargs: dict[str, Any]) -> bool:
     return (
-        mask.device.type == "cpu"
+        mask.device.type in _DEVICES
         and mask.dtype == torch.bool
         and mask.dim() == 4
         and mask.shape[1] == 1
@@ -179,7 +180,7 @@ def _ranges(seen: Tensor, padding: Tensor | None) -> Tensor | None:
     """
     length = seen.shape[-1]
     known = not isinstance(seen, FakeTensor)  # a plan's has no values to look at
-    at = torch.arange(length, dtype=torch.int32)
+    at = torch.arange(length, dtype=torch.int32, device=seen.device)
     nothing = ~seen.any(-1)
     if padding is not None and padding.shape[-1] == length:
         hidden = ~padding.bool()
@@ -295,8 +296,8 @@ def _plain(kwargs: dict[str, Any]) -> bool:
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
-        query.device.type == "cpu"
-        and query.dtype in (torch.float32, torch.bfloat16)
+        (query.device.type == "cpu" or has_kernels(query.device))
+        and query.dtype in fused_dtypes(query.device)
         and query.dtype == key.dtype == value.dtype
         and query.shape[2] == key.shape[2] == value.shape[2]
         and query.shape[0] == key.shape[0]

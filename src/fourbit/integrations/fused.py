@@ -46,6 +46,7 @@ from fourbit.integrations.attention import NAME as ATTENTION
 from fourbit.integrations.attention import use_native_attention, visible_ranges
 from fourbit.integrations.peft import LoraLinear4bit, plain_adapter
 from fourbit.linear import Linear4bit
+from fourbit.ops import fused_dtypes, has_kernels
 
 _TOO_SLOW = ("scalar",)
 """Instruction sets for which torch's own operations are faster than our kernels."""
@@ -58,8 +59,8 @@ class _Generic(Exception):
 def use_fast_paths(model: PreTrainedModel) -> None:
     """Native attention wherever transformers' interface is used, fused layers where they are known.
 
-    Only on a CPU for which there are kernels, and only for an attention that nobody chose; what is
-    computed stays the same.
+    Only where there are kernels for the device, and only for an attention that nobody chose; what
+    is computed stays the same.
     """
     if use_native_attention(model):
         use_fused_layers(model)
@@ -72,14 +73,18 @@ def use_fused_layers(model: nn.Module) -> int:
         How many layers were turned.
     """
     layers = known_layers(model)
-    if not layers or native.isa() in (None, *_TOO_SLOW):
-        return 0
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+    devices = {parameter.device for parameter in model.parameters()}
+    if not layers or not all(map(_has_fast_kernels, devices)):
         return 0
     for layer in layers:
         if not isinstance(layer, _FusedLayer):
             layer.__class__ = fused_class(type(layer))
     return len(layers)
+
+
+def _has_fast_kernels(device: torch.device) -> bool:
+    slow = device.type == "cpu" and native.isa() in _TOO_SLOW
+    return device.type in ("cpu", "cuda") and has_kernels(device) and not slow
 
 
 def has_fused_layers(model: nn.Module) -> bool:
@@ -191,9 +196,9 @@ def _blocks(
 def _require_plain_call(
     layer: nn.Module, names: LayerNames, x: Tensor, arguments: Mapping[str, Any]
 ) -> None:
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or x.dim() != 3:
+    if x.dtype not in fused_dtypes(x.device) or x.dim() != 3:
         raise _Generic("device or dtype")
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         raise _Generic("autocast or compilation")
     if arguments.get("output_attentions") or arguments.get("encoder_hidden_states") is not None:
         raise _Generic("unusual arguments")

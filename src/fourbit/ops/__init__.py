@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fourbit import native
+
 # The imports register kernels: an op without a default one could be defined but not called.
 from fourbit.ops import attention_schema as attention_schema
 from fourbit.ops import cpu as cpu
@@ -18,9 +20,24 @@ from fourbit.ops.cpu import quantize as cpu_quantize
 from fourbit.ops.reference import dropout_threshold as dropout_threshold
 from fourbit.ops.schema import dropout_mask as dropout_mask
 from fourbit.ops.triton import kernels as gpu
+from fourbit.ops.triton import registry as triton
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """``(packed, absmax, nested_absmax, nested_offset)`` as in `fourbit.ops.schema`."""
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether a device has kernels of ours: those of csrc/ on a CPU, Triton's on a GPU."""
+    if triton.imagining() or triton.interpreted():
+        return True
+    return triton.multiplies(device) if device.type == "cuda" else native.isa() is not None
+
+
+def fused_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
+    """Dtypes of activations that attention and the parts of fused layers take on a device."""
+    if device.type == "cuda":
+        return triton.DTYPES
+    return (torch.float32, torch.bfloat16) if device.type == "cpu" else ()
 
 
 def quantize_4bit(weight: Tensor, *, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fourbit.ops import attention_schema as plain
 from fourbit.ops.cpu import attention as cpu
+from fourbit.ops.triton import imagining, serves
 
 
 def attention(
@@ -78,9 +79,19 @@ def attention_forward(
     """
     if scale > 0 and cpu.fits(q, k, v, out):
         return cpu.run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out, shared=shared)
+    if imagining():
+        return _sums(q)
+    if serves(q, k, v, out):
+        from fourbit.ops.triton import attention as gpu
+
+        return gpu.run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out, shared=shared)
     result, lse = plain.attention(q, k, v, first, scale, softcap, shared)
     out.copy_(result)
     return lse
+
+
+def _sums(q: Tensor) -> Tensor:
+    return torch.empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32, device=q.device)
 
 
 def attention_backward(
@@ -124,6 +135,15 @@ def attention_backward(
             softcap=softcap,
             grads=(dq, dk, dv),
         )
+        return
+    if imagining():
+        _sums(q)  # the products of outputs and gradients
+        return
+    if serves(q, k, v, o, grad_o, dq, dk, dv):
+        from fourbit.ops.triton import attention as gpu
+
+        form = {"scale": scale, "softcap": softcap}
+        gpu.run_backward(grad_o, (q, k, v, o), lse, first, **form, grads=(dq, dk, dv))
         return
     found = plain.attention_backward(grad_o, q, k, v, o, lse, first, scale, softcap)
     for buffer, grad in zip((dq, dk, dv), found, strict=True):

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -150,6 +150,46 @@ def update_8bit(p: Tensor, grad: Tensor, m: Moment, v: Moment, c: Coefficients) 
     update_32bit(p, grad, first, second, c)
     m.encode_(first)
     v.encode_(second)
+
+
+class Run(NamedTuple):
+    """What one update takes: elements, their gradient, and two moments in 32 or in 8 bits."""
+
+    p: Tensor
+    grad: Tensor
+    m: Tensor | Moment
+    v: Tensor | Moment
+
+
+def update_runs(runs: Sequence[Run], c: Coefficients) -> None:
+    """`update_32bit` or `update_8bit` of each, with the same bits; on a GPU in one launch.
+
+    Args:
+        runs: of one dtype, on one device, their moments all in 32 bits or all in 8.
+        c: the step's scalars.
+    """
+    together = len(runs) > 1 and not any(_native_serves(run.p, run.grad) for run in runs)
+    if together and serves(*(tensor for run in runs for tensor in (run.p, run.grad))):
+        from fourbit.ops.triton import adamw
+
+        first = runs[0].m
+        tables = () if isinstance(first, Tensor) else (*first.tables, *_second(runs[0]).tables)
+        adamw.update_many([_tensors(run) for run in runs], tables, astuple(c))
+        return
+    for p, grad, m, v in runs:
+        update = update_32bit if isinstance(m, Tensor) else update_8bit
+        update(p, grad, m, v, c)  # type: ignore[arg-type]
+
+
+def _second(run: Run) -> Moment:
+    assert isinstance(run.v, Moment)
+    return run.v
+
+
+def _tensors(run: Run) -> list[Tensor]:
+    """In the order in which the kernels take them."""
+    moments = [[m] if isinstance(m, Tensor) else [m.codes, m.absmax] for m in (run.m, run.v)]
+    return [run.p, run.grad, *moments[0], *moments[1]]
 
 
 def _native_serves(p: Tensor, grad: Tensor) -> bool:

@@ -10,4 +10,6 @@ from fourbit.planning.presets import PRESETS as PRESETS
 from fourbit.planning.presets import Preset as Preset
 from fourbit.planning.presets import preset_of as preset_of
 from fourbit.planning.shape import ALL_LAYERS as ALL_LAYERS
+from fourbit.planning.shape import Kernels as Kernels
 from fourbit.planning.shape import TrainingShape as TrainingShape
+from fourbit.planning.shape import kernels_of as kernels_of

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from fourbit.methods import READ_BY
 from fourbit.planning.plan import Plan, Planner, Room
-from fourbit.planning.shape import TrainingShape
+from fourbit.planning.shape import ALL_LAYERS, TrainingShape
 
 _SHORTEST, _LOWEST_RANK = 128, 4
 
@@ -18,9 +18,9 @@ def recommend(config: PretrainedConfig, shape: TrainingShape, room: Room) -> Pla
     """Gives up one setting after the other until the run fits.
 
     In this order: the micro-batch (accumulation rises, so that a step sees the same sequences),
-    activations (recomputed in as few layers as will do), the optimizer's pages, the length of
-    sequences, the rank. What is not left to the plan (`TrainingShape.recompute`, ``optim.paged``)
-    stays.
+    activations (recomputed in as few layers as will do; on a GPU what lies between them then waits
+    in host memory), the optimizer's pages, the length of sequences, the rank. What is not left to
+    the plan (`TrainingShape.recompute`, ``optim.paged``) stays.
 
     Args:
         config: the model's architecture.
@@ -37,6 +37,7 @@ def recommend(config: PretrainedConfig, shape: TrainingShape, room: Room) -> Pla
     for give_up in (
         search.smaller_batches,
         search.recomputation,
+        search.offload,
         search.pages,
         search.shorter_sequences,
         search.lower_rank,
@@ -90,6 +91,13 @@ class _Search:
             gradient_checkpointing="all" if layers == found.layers else layers,
         )
 
+    def offload(self) -> None:
+        """On a GPU, where copies run beside the computation; a CPU's file is for who asks."""
+        if self._wished.recompute is None and self._shape.kernels != "cpu":
+            self._shape = replace(self._shape, recompute=ALL_LAYERS, offload=True)
+            what = "what lies between recomputed layers waits in host memory"
+            self._note(what, gradient_checkpointing="offload")
+
     def pages(self) -> None:
         if self._wished.optim.paged == "auto":
             self._change_optim("always")
@@ -115,4 +123,4 @@ class _Search:
         if plan.fits is False:
             last = f"nothing fits; the least is {plan.peak_bytes / 1e6:,.0f} MB"
         lines = tuple(f"budget: {reason}" for reason in (*self._reasons, last))
-        return replace(plan, reasons=lines)
+        return replace(plan, reasons=(*plan.reasons, *lines))

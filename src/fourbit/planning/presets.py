@@ -7,6 +7,7 @@ from typing import Any
 
 from fourbit.device import Precision
 from fourbit.errors import InputError, nearest
+from fourbit.planning.shape import Kernels
 
 _ATTENTION = r".*\.(self_)?att(n|ention)\.\w*(proj|c_attn|dense|query_key_value)"
 _ATTENTION_MLP = r".*\.(self_)?(att(n|ention)|mlp)\.\w*(proj|c_\w+|dense\w*|query_key_value|fc\w*)"
@@ -29,6 +30,11 @@ class Preset:
     precision: Precision
     batch_size: int
     lora: dict[str, Any]
+
+    @property
+    def kernels(self) -> Kernels:
+        """Whose serve there; cards without bf16 are too old for what Triton compiles."""
+        return "none" if self.precision == "fp16" else "gpu"
 
 
 def _preset(

@@ -24,8 +24,9 @@ from fourbit.integrations.transformers import (
     enable_checkpointing,
 )
 from fourbit.objective import Objective, mixed_precision
+from fourbit.ops import triton
 from fourbit.planning.ledger import Block, Ledger
-from fourbit.planning.shape import TrainingShape
+from fourbit.planning.shape import Kernels, TrainingShape
 from fourbit.planning.skeleton import MOST_RUN, Skeleton, pretend, shortened
 
 MOVING = ("activations", "gradients", "logits", "workspace")
@@ -69,7 +70,7 @@ class ImaginedSteps:
         self._seen: dict[tuple[int, int], Moments] = {}
 
     def _kernels(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._shape.cpu_kernels else native.using(None)
+        return _serving(self._shape.kernels)
 
     def moments(self, recompute: int) -> Moments:
         """The highest moments of a first and of a later training step, and of an evaluation.
@@ -114,6 +115,15 @@ class ImaginedSteps:
         return self._seen[plain, recompute]
 
 
+@contextmanager
+def _serving(kernels: Kernels) -> Iterator[None]:
+    with (
+        nullcontext() if kernels == "cpu" else native.using(None),
+        triton.imagined() if kernels == "gpu" else nullcontext(),
+    ):
+        yield
+
+
 def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
     """The highest moments of two steps and an evaluation of ``model``, which are run here.
 
@@ -125,9 +135,11 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
     base = base_model(model)
     if recompute:
         enable_checkpointing(base, layers=recompute)
-    ledger = Ledger(inside=shape.cpu_kernels)
+    ledger = Ledger(inside=shape.kernels == "cpu")
     ledger.ignore([*model.parameters(), *model.buffers()])
     objective = Objective(model, mixed_precision(model, shape.dtype, shape.method))
+    if shape.offload:
+        objective.offload_activations()
     inputs, labels = _inputs(model, shape)
     trained = [p for p in model.parameters() if p.requires_grad]
     found: Moments = {}
@@ -151,7 +163,7 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
 
     with SCRATCH.aside(), ledger, _marked(base, ledger):
         step("first step")
-        if shape.grad_accum > 1:
+        if shape.own_grad_accum > 1:
             step("later step")
         else:
             _repeat(found, "first step", "later step")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fourbit import files
 from fourbit.calibrated import DAMPING
 from fourbit.data import BadLines, DataConfig, is_text_file, read_plain_rows, to_examples
+from fourbit.data.files import check_regular_file
 from fourbit.data.templates import render, resolve_template
 from fourbit.errors import InputError
 from fourbit.integrations.transformers import decoder_layers
@@ -27,6 +29,7 @@ from fourbit.quantizing.walk import calibrate_layers
 from fourbit.sources import ModelSource
 from fourbit.training.progress import Reporter
 
+TOKENS_SUFFIX = ".npy"
 _CHECKED = 16
 """Most windows that are left out of calibration, to see whether it holds for them."""
 _FEW = 16384
@@ -38,7 +41,7 @@ class Calibration:
     """What a model is calibrated on.
 
     Attributes:
-        path: a text file, or rows as training reads them.
+        path: a text file, rows as training reads them, or token ids (``.npy``).
         tokens: how many of them are used, spread over the whole file.
         length: tokens of a sequence.
         damping: share of the mean second moment added to each; more follows the text less.
@@ -75,6 +78,8 @@ def calibration_text(
     Raises:
         InputError: the file cannot be read, or holds less than two sequences.
     """
+    if path.suffix == TOKENS_SUFFIX:
+        return _stored_windows(path, len(tokenizer), length=length, key=key)
     rows, sha256 = read_plain_rows(str(path), key=key)
     if is_text_file(str(path)):
         texts = ["".join(row.data["text"] for row in rows)]
@@ -95,6 +100,10 @@ def calibration_text(
     ids: list[int] = []
     for text in texts:
         ids += [*tokenizer(text, verbose=False).input_ids, *(ends if len(texts) > 1 else [])]
+    return _windows(torch.tensor(ids), path, length=length, key=key), sha256
+
+
+def _windows(ids: Tensor, path: Path, *, length: int, key: str) -> Tensor:
     count = len(ids) // length
     if count < 2:
         raise InputError(
@@ -103,7 +112,26 @@ def calibration_text(
             what=f"holds {len(ids)} tokens, calibration needs at least {2 * length}",
             fix=f"give more text to {key}",
         )
-    return torch.tensor(ids[: count * length]).view(count, length), sha256
+    return ids[: count * length].view(count, length)
+
+
+def _stored_windows(path: Path, vocabulary: int, *, length: int, key: str) -> tuple[Tensor, str]:
+    """Of token ids in NumPy's format, which a run writes of its training data."""
+    check_regular_file(str(path), key=key)
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError):
+        ids = np.empty(0)
+    whole = ids.ndim == 1 and ids.dtype.kind in "iu" and ids.size > 0
+    if not whole or not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise InputError(
+            "bad-token-ids",
+            where=str(path),
+            what="holds no token ids of this model",
+            fix=f"give a text or rows to {key}",
+        )
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    return _windows(tokens, path, length=length, key=key), files.sha256_of(path)
 
 
 def calibrate(

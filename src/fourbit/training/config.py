@@ -14,7 +14,7 @@ from fourbit.errors import InputError
 from fourbit.lora import LoraSettings
 from fourbit.methods import READ_BY, Method, trains_prompt
 from fourbit.optim import OptimConfig
-from fourbit.planning import ALL_LAYERS, TrainingShape
+from fourbit.planning import ALL_LAYERS, Kernels, TrainingShape
 from fourbit.prompts import PromptSettings
 from fourbit.quantize import QuantConfig
 from fourbit.settings import Settings
@@ -37,6 +37,21 @@ def _lower(value: object) -> object:
     return value.lower() if isinstance(value, str) else value
 
 
+class RunQuant(QuantConfig):
+    """How a run holds its base: chosen weight by weight, or for the inputs it will see."""
+
+    calibrate: str | None = Field(
+        default=None,
+        description="choose scales and codes for known inputs before training: `data`, the"
+        " training texts, or a file of text or rows",
+    )
+
+    @classmethod
+    def of(cls, quant: QuantConfig) -> RunQuant:
+        """The same format, not calibrated by the run."""
+        return cls(**{name: getattr(quant, name) for name in QuantConfig.model_fields})
+
+
 class TrainConfig(Settings):
     """One fine-tuning run. The YAML keys are these fields."""
 
@@ -52,7 +67,7 @@ class TrainConfig(Settings):
         " virtual tokens before a 4-bit base",
     )
     data: DataConfig = DataConfig()
-    quant: QuantConfig = QuantConfig()
+    quant: RunQuant = RunQuant()
     lora: LoraSettings = LoraSettings()
     prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()
@@ -60,9 +75,10 @@ class TrainConfig(Settings):
     grad_accum: int = Field(default=4, ge=1, le=65536, description="micro-batches in a step")
     epochs: float = Field(default=1, gt=0, le=10000, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="stop after so many steps")
-    gradient_checkpointing: Literal["auto", "none", "all"] | PositiveInt = Field(
+    gradient_checkpointing: Literal["auto", "none", "all", "offload"] | PositiveInt = Field(
         default="auto",
-        description="layers whose activations are recomputed in backward; auto: as memory needs",
+        description="layers whose activations are recomputed in backward; auto: as memory needs;"
+        " offload: all, and what lies between them waits in host memory (a CPU: in a file)",
     )
     budget: str | None = Field(
         default=None,
@@ -84,7 +100,9 @@ class TrainConfig(Settings):
         default=False, description="run the model repository's own code"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        default="auto", description="one process; more are not built yet"
+        default="auto",
+        description="under torchrun: ddp holds the base whole in every process, fsdp divides its"
+        " layers, auto takes ddp where that fits",
     )
     eval_every: int = Field(default=50, ge=0, description="steps between evaluations; 0: ends only")
     save_every: int = Field(
@@ -115,7 +133,7 @@ class TrainConfig(Settings):
     @property
     def recomputed_layers(self) -> int | None:
         """What ``gradient_checkpointing`` says in layers; None leaves it to the plan."""
-        named = {"auto": None, "none": 0, "all": ALL_LAYERS}
+        named = {"auto": None, "none": 0, "all": ALL_LAYERS, "offload": ALL_LAYERS}
         value = self.gradient_checkpointing
         return value if isinstance(value, int) else named[value]
 
@@ -125,14 +143,20 @@ class TrainConfig(Settings):
         return None if self.budget is None else parse_size(self.budget, where="budget")
 
     def shape(
-        self, *, dtype: torch.dtype, length: int | None = None, cpu_kernels: bool = True
+        self,
+        *,
+        dtype: torch.dtype,
+        length: int | None = None,
+        kernels: Kernels = "cpu",
+        processes: int = 1,
     ) -> TrainingShape:
         """What decides the run's memory.
 
         Args:
             dtype: of activations.
             length: of the longest sequence; None takes ``data.max_length``.
-            cpu_kernels: see `TrainingShape`.
+            kernels: see `TrainingShape`.
+            processes: how many train together.
         """
         longest = self.data.max_length if length is None or self.data.packing else length
         return TrainingShape(
@@ -145,9 +169,12 @@ class TrainConfig(Settings):
             recompute=self.recomputed_layers,
             packing=self.data.packing or self.batch_size > 1,
             grad_accum=self.grad_accum,
+            offload=self.gradient_checkpointing == "offload",
             prompt=self.prompt,
             optim=self.optim,
-            cpu_kernels=cpu_kernels,
+            kernels=kernels,
+            processes=processes,
+            divided=processes > 1 and self.parallel == "fsdp",
         )
 
     @field_validator("budget")
@@ -158,13 +185,6 @@ class TrainConfig(Settings):
                 parse_size(value, where="budget")
             except InputError as error:
                 raise ValueError(f"{error.what}; {error.fix}") from None
-        return value
-
-    @field_validator("parallel")
-    @classmethod
-    def _single_process(cls, value: str) -> str:
-        if value != "auto":
-            raise ValueError(f"parallel: {value} is not built yet; use auto (one process)")
         return value
 
     @field_validator("resume")

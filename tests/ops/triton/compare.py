@@ -15,9 +15,10 @@ from torch import Tensor
 from fourbit import codebook, native
 from fourbit.fused import primitives
 from fourbit.fused.parts import Norm
+from fourbit.ops import attention_schema, reference
 from fourbit.ops import loss as plain_loss
-from fourbit.ops import reference
 from fourbit.ops.triton import adamw, dequantize, elementwise, kernels, loss, product
+from fourbit.ops.triton import attention as flash
 from fourbit.ops.triton import quantize as packing
 from fourbit.optim import update
 
@@ -40,11 +41,11 @@ def same(ours: Tensor, theirs: Tensor) -> None:
     assert torch.equal(ours, theirs), (ours.flatten()[:8], theirs.flatten()[:8])
 
 
-def close(ours: Tensor, theirs: Tensor, *, ulps: float = 4) -> None:
-    """Equal to a few roundings of the dtype, by norm."""
+def close(ours: Tensor, theirs: Tensor, *, ulps: float = 4, least: float = 1e-6) -> None:
+    """Equal to a few roundings of the dtype, by norm, which counts as no less than ``least``."""
     assert ours.dtype == theirs.dtype
     assert ours.isfinite().all()
-    scale = theirs.float().norm().clamp(min=1e-6)
+    scale = theirs.float().norm().clamp(min=least)
     error = ((ours.float() - theirs.float()).norm() / scale).item()
     assert error <= ulps * torch.finfo(ours.dtype).eps, error
 
@@ -236,6 +237,45 @@ def adam() -> None:
                 same(a.absmax, b.absmax)
 
 
+def many() -> None:
+    """Runs of several lengths in one launch, parts of larger tensors among them."""
+    rule = update.Coefficients(0.999, 0.1, 0.999, 0.001, 1e-3, 1.5, 1e-8)
+    lengths = (1, 1500, 256, 2048, 7)
+    for dtype in (torch.float32, torch.bfloat16):
+        wide = [
+            update.Run(
+                randn(n + 512, dtype=dtype)[512:], randn(n, dtype=dtype), randn(n), randn(n).abs()
+            )
+            for n in lengths
+        ]
+        narrow = [
+            run._replace(m=_moment(n, signed=True), v=_moment(n, signed=False))
+            for run, n in zip(wide, lengths, strict=True)
+        ]
+        for runs in (wide, narrow):
+            ours, theirs = copy.deepcopy(runs), copy.deepcopy(runs)
+            before = len(_launched)
+            update.update_runs(ours, rule)
+            assert len(_launched) == before + 1
+            plainly(update.update_runs, theirs, rule)
+            for mine, other in zip(ours, theirs, strict=True):
+                for a, b in zip(update._tensors(mine), update._tensors(other), strict=True):
+                    same(a, b)
+
+
+_launched: list[str] = []
+
+
+def _counting() -> None:
+    launch = adamw.launch
+
+    def counted(kernel, grid):
+        _launched.append(kernel.__name__)
+        return launch(kernel, grid)
+
+    adamw.launch = counted
+
+
 def _moment(n: int, *, signed: bool) -> update.Moment:
     codes = torch.zeros(n, dtype=torch.uint8, device=DEVICE)
     moment = update.Moment(codes, torch.zeros(-(-n // 256), device=DEVICE), signed)
@@ -255,6 +295,57 @@ def int8() -> None:
     for threshold in (0.0, 6.0):
         form = x, codes, absmax, randn(24), threshold
         close(kernels.linear_int8(*form), reference.linear_int8(*form), ulps=1)
+
+
+def attention() -> None:
+    """All kinds of ranges, widths that are no powers of two, parts of a joint buffer."""
+    shapes = (
+        (1, 1, 1, 1, 16, 16, 0.0), (2, 70, 2, 1, 20, 20, 0.0), (1, 75, 3, 1, 64, 24, 9.0),
+        (1, 70, 1, 1, 130, 130, 0.0),
+    )  # fmt: skip
+    for dtype, ulps, sizes in ((torch.float32, 64, shapes), (torch.bfloat16, 4, shapes[1:])):
+        for batch, length, heads, kv, width, v_width, softcap in sizes:
+            joint = randn(batch, length, heads + 2 * kv, max(width, v_width), dtype=dtype)
+            q, k, v = joint.split((heads, kv, kv), dim=2)
+            q, k, v = q[..., :width], k[..., :width], v[..., :v_width]
+            for first, shared in _ranges(batch, length):
+                _attend((q, k, v), first, shared, softcap, ulps)
+
+
+def _ranges(batch: int, length: int) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Causal, packed, sliding, padded on the left, unordered, a shared beginning."""
+    at = torch.arange(length, dtype=torch.int32).expand(batch, -1)
+    packed = at // 37 * 37
+    padded = torch.where(at < length // 3, length, length // 3)
+    scattered = (at * 7919 % 101 % (at + 2)).to(torch.int32)
+    known = [packed, (at - 20).clamp(min=0), padded, scattered]
+    found = [(None, None), *((first.int().contiguous().to(DEVICE), None) for first in known)]
+    shared = torch.where(at < 30, 0, 30).int().contiguous()
+    own = torch.where(at < 30, 0, 30 + (at - 30) // 13 * 13).int().contiguous()
+    return [*found, (own.to(DEVICE), shared.to(DEVICE))]
+
+
+def _attend(
+    inputs: tuple[Tensor, ...], first: Tensor | None, shared: Tensor | None, softcap: float,
+    ulps: float,
+) -> None:  # fmt: skip
+    q, k, v = inputs
+    out = unwritten(*q.shape[:3], v.shape[-1], dtype=q.dtype)
+    form = {"scale": 0.3, "softcap": softcap}
+    lse = flash.run_forward(q, k, v, first, **form, out=out, shared=shared)
+    wanted, sums = attention_schema.attention(q, k, v, first, 0.3, softcap, shared)
+    close(out, wanted, ulps=ulps)
+    assert torch.equal(lse.isinf(), sums.isinf())
+    close(lse.nan_to_num(posinf=0), sums.nan_to_num(posinf=0), ulps=64)
+    if shared is not None:
+        return
+    grad = randn(*wanted.shape, dtype=q.dtype)
+    dq, dk, dv = (unwritten(*t.shape, dtype=q.dtype) for t in inputs)
+    grads = dq, dk, dv
+    flash.run_backward(grad, (q, k, v, wanted), sums, first, **form, grads=grads)
+    theirs = attention_schema.attention_backward(grad, q, k, v, wanted, sums, first, 0.3, softcap)
+    for mine, other in zip(grads, theirs, strict=True):
+        close(mine, other, ulps=2 * ulps, least=1.0)  # one key alone: differences of nothing
 
 
 def layers() -> None:
@@ -281,8 +372,10 @@ GROUPS = {
     "dropout": dropout,
     "loss": losses,
     "adamw": adam,
+    "adamw_many": many,
     "int8": int8,
     "layers": layers,
+    "attention": attention,
 }
 
 if __name__ == "__main__":
@@ -291,5 +384,6 @@ if __name__ == "__main__":
     # on a CPU our native kernels must not answer for Triton's
     native.reads = lambda _: False
     update._native_serves = lambda *_: False
+    _counting()
     GROUPS[sys.argv[1]]()
     print(f"{sys.argv[1]}: equal")

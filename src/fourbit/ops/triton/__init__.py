@@ -6,4 +6,6 @@ PyTorch one beside it does; without a GPU the tests run them in Triton's interpr
 
 from __future__ import annotations
 
+from fourbit.ops.triton.registry import imagined as imagined
+from fourbit.ops.triton.registry import imagining as imagining
 from fourbit.ops.triton.registry import serves as serves

@@ -8,11 +8,15 @@ and sums are not fused.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fourbit.ops.triton.language import quotient, rounded
+from fourbit.ops.triton.registry import launch
 
 _BLOCK = 1024
 _CODES = tl.constexpr(256)  # elements of a block of 8-bit state, and entries of a map
@@ -84,10 +88,107 @@ def update_blocks(
     _encode(new_v, live, v_bounds, v_codes, v_absmax, index, block)
 
 
+@triton.jit
+def update_table(
+    table, decay, rest1, beta2, rest2, step_size, root, eps,
+    DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """As `update` on blocks of many tensors: a row of ``table`` is four addresses and a count."""
+    row = table + tl.program_id(0).to(tl.int64) * 5
+    place = tl.arange(0, BLOCK)
+    p = tl.load(row).to(tl.pointer_type(DTYPE)) + place
+    grad = tl.load(row + 1).to(tl.pointer_type(DTYPE)) + place
+    m = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + place
+    v = tl.load(row + 3).to(tl.pointer_type(tl.float32)) + place
+    live = place < tl.load(row + 4)
+    new_p, new_m, new_v = _rule(
+        tl.load(p, mask=live, other=0.0).to(tl.float32),
+        tl.load(grad, mask=live, other=0.0).to(tl.float32),
+        tl.load(m, mask=live, other=0.0),
+        tl.load(v, mask=live, other=1.0),
+        decay, rest1, beta2, rest2, step_size, root, eps,
+    )  # fmt: skip
+    tl.store(p, rounded(new_p, DTYPE), mask=live)
+    tl.store(m, new_m, mask=live)
+    tl.store(v, new_v, mask=live)
+
+
+@triton.jit
+def update_blocks_table(
+    table, m_map, m_bounds, v_map, v_bounds, decay, rest1, beta2, rest2, step_size, root, eps,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As `update_blocks` on blocks of many tensors: a row is six addresses and a count."""
+    row = table + tl.program_id(0).to(tl.int64) * 7
+    place = tl.arange(0, _CODES)
+    p = tl.load(row).to(tl.pointer_type(DTYPE)) + place
+    grad = tl.load(row + 1).to(tl.pointer_type(DTYPE)) + place
+    m_codes = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
+    m_absmax = tl.load(row + 3).to(tl.pointer_type(tl.float32))
+    v_codes = tl.load(row + 4).to(tl.pointer_type(tl.uint8))
+    v_absmax = tl.load(row + 5).to(tl.pointer_type(tl.float32))
+    live = place < tl.load(row + 6)
+    m_code = tl.load(m_codes + place, mask=live, other=0).to(tl.int32)
+    v_code = tl.load(v_codes + place, mask=live, other=0).to(tl.int32)
+    new_p, new_m, new_v = _rule(
+        tl.load(p, mask=live, other=0.0).to(tl.float32),
+        tl.load(grad, mask=live, other=0.0).to(tl.float32),
+        tl.load(m_map + m_code) * tl.load(m_absmax),
+        tl.load(v_map + v_code) * tl.load(v_absmax),
+        decay, rest1, beta2, rest2, step_size, root, eps,
+    )  # fmt: skip
+    tl.store(p, rounded(new_p, DTYPE), mask=live)
+    _encode(new_m, live, m_bounds, m_codes, m_absmax, place, 0)
+    _encode(new_v, live, v_bounds, v_codes, v_absmax, place, 0)
+
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def update_many(
+    runs: Sequence[Sequence[Tensor]], tables: tuple[Tensor, ...], rule: tuple[float, ...]
+) -> None:
+    """Many runs of elements in one launch; see `fourbit.optim.update.update_runs`.
+
+    Args:
+        runs: values, gradient, then each moment: its tensor, or its codes and absmax; contiguous.
+        tables: map and midpoints of each moment in 8 bits.
+        rule: the scalars.
+    """
+    device, dtype = runs[0][0].device, _DTYPES[runs[0][0].dtype]
+    block = _CODES.value if tables else _BLOCK
+    # bytes from one block to the next; one scale a block
+    steps = [block * t.element_size() for t in runs[0]]
+    if tables:
+        steps[3] = steps[5] = 4
+    table = _blocks(runs, steps, block)
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)
+    if tables:
+        form = {"DTYPE": dtype, "num_warps": 4, "enable_fp_fusion": False}
+        launch(update_blocks_table, (len(table),))(table, *tables, *rule, **form)
+    else:
+        form = {"DTYPE": dtype, "BLOCK": _BLOCK, "enable_fp_fusion": False}
+        launch(update_table, (len(table),))(table, *rule, **form)
+
+
+def _blocks(runs: Sequence[Sequence[Tensor]], steps: Sequence[int], block: int) -> Tensor:
+    """A row for each block: where each tensor's part begins, and how many elements there are."""
+    host = {"dtype": torch.int64, "device": "cpu"}
+    starts = torch.tensor([[t.data_ptr() for t in run] for run in runs], **host)
+    counts = torch.tensor([run[0].numel() for run in runs], **host)
+    blocks = -(-counts // block)
+    owner = torch.repeat_interleave(torch.arange(len(runs), **host), blocks)
+    number = torch.arange(len(owner), **host) - (blocks.cumsum(0) - blocks)[owner]
+    places = starts[owner] + number[:, None] * torch.tensor(list(steps), **host)
+    left = (counts[owner] - block * number).clamp(max=block)
+    return torch.cat((places, left[:, None]), dim=1)
+
+
 def update_32bit(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, rule: tuple[float, ...]) -> None:
     """See `fourbit.optim.update.update_32bit`; ``rule`` are its coefficients in order."""
     if p.numel():
-        update[(triton.cdiv(p.numel(), _BLOCK),)](
+        launch(update, (triton.cdiv(p.numel(), _BLOCK),))(
             p, grad, m, v, p.numel(), *rule, BLOCK=_BLOCK, enable_fp_fusion=False
         )
 
@@ -101,6 +202,6 @@ def update_8bit(
 ) -> None:
     """See `fourbit.optim.update.update_8bit`; a moment is ``(codes, absmax, map, midpoints)``."""
     if p.numel():
-        update_blocks[(triton.cdiv(p.numel(), _CODES.value),)](
+        launch(update_blocks, (triton.cdiv(p.numel(), _CODES.value),))(
             p, grad, *m, *v, p.numel(), *rule, num_warps=4, enable_fp_fusion=False
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fourbit import codebook
 from fourbit.ops.triton.language import rounded
+from fourbit.ops.triton.registry import launch
 
 TILE = 8192
 """Weights of one program."""
@@ -80,7 +81,7 @@ def dequantize_into(
     blocks = triton.cdiv(numel, blocksize)
     rows = max(1, TILE // blocksize)
     absmax = absmax.contiguous() if double else float32(absmax)
-    expand[(triton.cdiv(blocks, rows),)](
+    launch(expand, (triton.cdiv(blocks, rows),))(
         packed.reshape(-1),
         absmax,
         float32(nested) if nested is not None else absmax,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fourbit.ops.reference import dropout_threshold
 from fourbit.ops.triton.language import rounded, sigmoid, tanh
+from fourbit.ops.triton.registry import launch
 
 _BLOCK = 1024
 _ROOT = tl.constexpr(0.7978845608028654)  # sqrt(2 / pi)
@@ -47,7 +48,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor, *, heads: int, back: bool) -> N
     half = cos.shape[1] // 2
     if not x.numel() or not half:
         return
-    rotate[(x.shape[0], heads)](
+    launch(rotate, (x.shape[0], heads))(
         x, cos.contiguous(), sin.contiguous(), x.stride(0), cos.shape[0], heads, BACK=back,
         HEAD=x.shape[1] // heads, HALF=half, BLOCK=triton.next_power_of_2(half), num_warps=1,
     )  # fmt: skip
@@ -114,7 +115,7 @@ def activate(x: Tensor, h: Tensor, *, gelu: bool, gated: bool) -> None:
     rows, width = h.shape
     if not h.numel():
         return
-    act_forward[(rows, triton.cdiv(width, _BLOCK))](
+    launch(act_forward, (rows, triton.cdiv(width, _BLOCK)))(
         x, h, width, x.stride(0), h.stride(0), GELU=gelu, GATED=gated, BLOCK=_BLOCK
     )
 
@@ -126,7 +127,7 @@ def activate_backward(
     rows, width = grad.shape
     if not grad.numel():
         return
-    act_backward[(rows, triton.cdiv(width, _BLOCK))](
+    launch(act_backward, (rows, triton.cdiv(width, _BLOCK)))(
         x, grad, dx, h, width, x.stride(0), grad.stride(0), dx.stride(0), h.stride(0),
         GELU=gelu, GATED=gated, BLOCK=_BLOCK,
     )  # fmt: skip
@@ -185,7 +186,7 @@ def drop(x: Tensor | None, out: Tensor, *, seed: Tensor, dropout: float, add: bo
     numbers = torch.cat((seed.reshape(1).to(out.device), bound.to(out.device)))
     # as the reference divides: 1 in the tensor's dtype by a float64
     keep = float((torch.ones(1, dtype=out.dtype) / (1.0 - dropout)).item())
-    mask_out[(triton.cdiv(numel, _BLOCK),)](
+    launch(mask_out, (triton.cdiv(numel, _BLOCK),))(
         out if x is None else x, out, numbers, 0, keep, numel,
         USE=x is not None, ADD=add, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip

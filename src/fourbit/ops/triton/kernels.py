@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fourbit.ops import attention_schema as plain_attention
 from fourbit.ops import loss as plain_loss
 from fourbit.ops import reference
-from fourbit.ops.triton.registry import DTYPES, cuda_kernel, serves
+from fourbit.ops.triton.registry import (
+    DTYPES,
+    cuda_kernel,
+    imagining,
+    multiplies,
+    serves,
+)
 
 _MOST_ROWS = 64
 """Up to here a fused product reads 4-bit weights faster than the library reads expanded ones."""
@@ -56,6 +63,8 @@ def dequantize_into(
     first: int,
 ) -> bool:
     """Fills ``out`` as `fourbit.ops.dequantize_into`; False where no kernel serves."""
+    if imagining():
+        return True
     if first % blocksize or not out.is_contiguous() or not serves(out, scales[0], scales[1]):
         return False
     from fourbit.ops.triton import dequantize
@@ -81,7 +90,8 @@ def linear_4bit(
     """As `fourbit.ops.reference.linear_4bit`; few rows without expanding the weight."""
     scales = packed, absmax, nested_absmax, nested_offset
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= _MOST_ROWS and serves(rows, packed, absmax):
+    few = rows.shape[0] <= _MOST_ROWS and multiplies(x.device)
+    if few and serves(rows, packed, absmax):
         from fourbit.ops.triton.product import linear_few
 
         y = linear_few(
@@ -175,3 +185,45 @@ def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     x = pad(x, (0, short, 0, max(0, _INT_ROWS - rows)))
     weight = pad(weight, (0, short, 0, -width % _INT_MULTIPLE))
     return torch.ops.aten._int_mm(x, weight.t())[:rows, :width]
+
+
+@cuda_kernel("attention")
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+    shared: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `fourbit.ops.attention_schema.attention`, without a matrix of all scores."""
+    if not (serves(q, k, v) and multiplies(q.device)):
+        return plain_attention.attention(q, k, v, first, scale, softcap, shared)
+    from fourbit.ops.triton.attention import run_forward
+
+    out = q.new_empty((*q.shape[:3], v.shape[-1]))
+    return out, run_forward(q, k, v, first, scale=scale, softcap=softcap, out=out, shared=shared)
+
+
+@cuda_kernel("attention_backward")
+def attention_backward(
+    grad_o: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    first: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `fourbit.ops.attention_schema.attention_backward`."""
+    if not (serves(grad_o, q, k, v, o) and multiplies(q.device)):
+        return plain_attention.attention_backward(grad_o, q, k, v, o, lse, first, scale, softcap)
+    from fourbit.ops.triton.attention import run_backward
+
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    form = {"scale": scale, "softcap": softcap}
+    run_backward(grad_o, (q, k, v, o), lse, first, **form, grads=grads)
+    return grads

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourbit.ops.triton.language import rounded, tanh
+from fourbit.ops.triton.registry import launch
 
 _BLOCK = 4096
 
@@ -67,7 +68,7 @@ def cross_entropy_rows_(
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         block = min(_BLOCK, triton.next_power_of_2(width))
-        cross_entropy[(rows,)](
+        launch(cross_entropy, (rows,))(
             logits, labels, losses, logits.stride(0), scale, softcap or 1.0,
             CAPPED=softcap is not None, GRADIENT=gradient, WIDTH=width, BLOCK=block, num_warps=8,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourbit.ops.triton.language import rounded
+from fourbit.ops.triton.registry import launch
 
 
 @triton.jit
@@ -104,7 +105,7 @@ def rms_norm(
     width = x.shape[1] // groups
     if not x.numel():
         return
-    rms_forward[(x.shape[0], groups)](
+    launch(rms_forward, (x.shape[0], groups))(
         x, weight, y, statistics, x.stride(0), y.stride(0), groups, eps, shift,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
@@ -118,7 +119,7 @@ def rms_norm_backward(
     width = x.shape[1] // groups
     if not x.numel():
         return
-    rms_backward[(x.shape[0], groups)](
+    launch(rms_backward, (x.shape[0], groups))(
         grad, x, weight, statistics, grad if added is None else added, dx, x.stride(0),
         dx.stride(0), groups, shift, ADD=added is not None, WIDTH=width,
         BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
@@ -132,7 +133,7 @@ def layer_norm(
     width = x.shape[1]
     if not x.numel():
         return
-    layer_forward[(x.shape[0],)](
+    launch(layer_forward, (x.shape[0],))(
         x, weight, bias, y, statistics, x.stride(0), y.stride(0), eps,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
@@ -145,7 +146,7 @@ def layer_norm_backward(
     width = x.shape[1]
     if not x.numel():
         return
-    layer_backward[(x.shape[0],)](
+    launch(layer_backward, (x.shape[0],))(
         grad, x, weight, statistics, grad if added is None else added, dx, x.stride(0),
         dx.stride(0), ADD=added is not None, WIDTH=width, BLOCK=triton.next_power_of_2(width),
         num_warps=_warps(width),

@@ -18,6 +18,7 @@ from torch import Tensor
 from fourbit import codebook
 from fourbit.ops.triton.dequantize import float32
 from fourbit.ops.triton.language import INTERPRETED, rounded
+from fourbit.ops.triton.registry import launch
 
 _FEWEST_COLUMNS = 16  # of a product on tensor cores
 _PROGRAMS = 264
@@ -99,7 +100,7 @@ def linear_few(
     parts = triton.cdiv(depth // step, steps)
     sums = torch.empty(parts, rows, out_features, dtype=torch.float32, device=device)
     absmax = absmax.contiguous() if double else float32(absmax)
-    few_rows[(programs, parts)](
+    launch(few_rows, (programs, parts))(
         x.contiguous(),
         packed.reshape(-1),
         absmax,

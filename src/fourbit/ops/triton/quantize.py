@@ -12,6 +12,7 @@ from torch import Tensor
 from fourbit import codebook
 from fourbit.ops.triton.dequantize import TILE
 from fourbit.ops.triton.language import quotient
+from fourbit.ops.triton.registry import launch
 
 _TINY = tl.constexpr(1e-38)
 
@@ -54,7 +55,7 @@ def quantize_4bit(weight: Tensor, blocksize: int, quant_type: str) -> tuple[Tens
     absmax = torch.empty(blocks, dtype=torch.float32, device=device)
     rows = max(1, TILE // 2 // blocksize)
     if numel:
-        pack[(triton.cdiv(blocks, rows),)](
+        launch(pack, (triton.cdiv(blocks, rows),))(
             flat,
             codebook.thresholds(quant_type, device),
             codebook.ascending_codes(quant_type, device),
