@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache
 
 from fourbit import native
 from fourbit.decoding import Choice, GraphDecoder, build_decoder
@@ -192,16 +192,17 @@ def _assert_rounding(name: str, dtype: torch.dtype, capture: Any) -> None:
         if "lora_" in key:  # PEFT's own are float32; products take them in 16 bits
             parameter.data = parameter.data.to(dtype).float()
     exact.load_state_dict(model.state_dict())
-    decoder, rows = decoder_of(model, capture), prompts(12, 7, 9)
+    decoder, rows = decoder_of(model, capture), prompts(12, 7, 9, 15, 11, 8, 13, 10)
     with torch.no_grad():
         decoder.prefill([row[:-2] for row in rows], room=2)
         decoder.step(torch.tensor([row[-2] for row in rows]))
         scores = decoder.step(torch.tensor([row[-1] for row in rows])).clone()
         assert scores.dtype == torch.float32
-        for row, ids in enumerate(rows):
-            truth = exact(input_ids=torch.tensor([ids])).logits[0, -1]
-            own = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
-            assert (scores[row] - truth).norm() <= 1.5 * (own - truth).norm()
+        inputs = [torch.tensor([ids]) for ids in rows]
+        truth = torch.stack([exact(input_ids=ids).logits[0, -1] for ids in inputs])
+        own = torch.stack([model(input_ids=ids).logits[0, -1].float() for ids in inputs])
+    # of all rows together: one alone may be twice as far by chance
+    assert (scores - truth).norm() <= 1.3 * (own - truth).norm()
 
 
 def test_steps_are_recorded_once_for_each_capacity_and_number_of_rows(small_buckets):
@@ -374,8 +375,8 @@ def test_on_a_gpu_it_is_said_once_why_transformers_generates(monkeypatch):
         assert generator._decoder() is None  # on a CPU nothing is said
     monkeypatch.setattr(type(parameter), "device", torch.device("cuda", 0))
     with pytest.warns(UserWarning, match="transformers generates: .* no architecture") as told:
-        assert generator._decoder() is None
-        assert generator._decoder() is None
+        decoders = [generator._decoder(), generator._decoder()]
+    assert decoders == [None, None]
     assert len(told) == 1
 
 

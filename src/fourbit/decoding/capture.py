@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class CudaCapture:
     """A `Capture` by CUDA graphs; all of one instance share their memory and run one at a time."""
 
     def __init__(self) -> None:
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # an opaque handle
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         """Runs ``function`` on a stream of its own, then records it.

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from fourbit import native
 from fourbit.decoding.growing import Growing
-from fourbit.decoding.layout import Layout, Sketch, Step, check_sizes, lay_out
+from fourbit.decoding.layout import Sketch, Step, check_sizes, lay_out
 from fourbit.decoding.parts import Parts
 from fourbit.decoding.reading import read_prompts
 from fourbit.decoding.sampling import GREEDY, Choice
@@ -194,9 +194,7 @@ class Decoder:
                 growing.take(tokens if choice.plain else growing.choose(logits))
                 if not growing.rows or count + 1 == max_new_tokens:
                     break
-                logits, tokens = self._call(
-                    growing.rows, tokens=growing.last, greedy=choice.plain
-                )
+                logits, tokens = self._call(growing.rows, tokens=growing.last, greedy=choice.plain)
         finally:
             self.release()
         return growing.found
@@ -306,4 +304,3 @@ class Decoder:
             rows, longest, threads, vocabulary=self.vocabulary, workspace=bytes_.value
         )
         return self._room
-

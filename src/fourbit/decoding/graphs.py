@@ -209,9 +209,7 @@ class GraphDecoder:
         found: list[list[int]] = []
         for start in range(0, len(prompts), _MOST_ROWS):
             part = prompts[start : start + _MOST_ROWS]
-            growing = Growing(
-                part, stop=stop, choice=choice, on_tokens=_shifted(on_tokens, start)
-            )
+            growing = Growing(part, stop=stop, choice=choice, on_tokens=_shifted(on_tokens, start))
             if max_new_tokens > 0:
                 each = 1 if on_tokens is not None else _UNSEEN_STEPS
                 run = self._likeliest(part, growing, max_new_tokens, each)

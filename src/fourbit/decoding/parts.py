@@ -198,11 +198,15 @@ def _layer(module: nn.Module) -> Layer:
     def after(name: str | None) -> Norm | None:
         return None if name is None else _norm(module.get_submodule(name))
 
+    def head_norms() -> tuple[Norm, Norm] | None:
+        if names.head_norms is None:
+            return None
+        query, key = names.head_norms
+        return _norm(attention.get_submodule(query)), _norm(attention.get_submodule(key))
+
     def group(parent: nn.Module, members: tuple[str, ...]) -> tuple[Linear, ...]:
         return tuple(_linear(parent.get_submodule(name), name) for name in members)
 
-    query, key = names.head_norms or (None, None)
-    normed = query is not None and key is not None
     return Layer(
         module=module,
         qkv=group(attention, names.qkv),
@@ -213,11 +217,7 @@ def _layer(module: nn.Module) -> Layer:
         after_attention=after(names.norm_after_attention),
         before_mlp=_norm(module.get_submodule(names.norm_mlp)),
         after_mlp=after(names.norm_after_mlp),
-        head_norms=(
-            (_norm(attention.get_submodule(query)), _norm(attention.get_submodule(key)))
-            if normed
-            else None
-        ),
+        head_norms=head_norms(),
         heads=anatomy.heads_of(attention),
         residual=anatomy.residual_scale(module, names),
         activation=activation,

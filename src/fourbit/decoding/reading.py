@@ -28,7 +28,8 @@ def read_prompts(
         and the states before the head at each prompt's last token, float32 ``[B, D]``.
     """
     inner: Any = model.base_model
-    device = model.get_input_embeddings().weight.device
+    table: Any = model.get_input_embeddings()
+    device: torch.device = table.weight.device
     # Padding goes to the right, where no token of a prompt looks, so no mask is needed.
     lengths = [len(prompt) for prompt in prompts]
     cache, shared = DynamicCache(), _shared_prefix(prompts)

@@ -114,7 +114,7 @@ class _Visible:
         self._hidden: dict[int | None, Tensor] = {}
 
     def hidden(self, window: int | None) -> Tensor:
-        """bool ``[R, 1, 1, C]``, True where nothing is seen."""
+        """Bool ``[R, 1, 1, C]``, True where nothing is seen."""
         if window not in self._hidden:
             at, places = torch.arange(self._capacity, device=self.places.device), self.places
             hidden = at > places[:, None]
@@ -194,9 +194,7 @@ def _keep(cache: Tensor, new: Tensor, places: Tensor) -> None:
     cache.transpose(1, 2).index_put_((rows, places), parts)
 
 
-def attend(
-    query: Tensor, cache: tuple[Tensor, Tensor], visible: _Visible, heads: Heads
-) -> Tensor:
+def attend(query: Tensor, cache: tuple[Tensor, Tensor], visible: _Visible, heads: Heads) -> Tensor:
     """Attention of one query a row over its part of a cache.
 
     Args:

@@ -97,6 +97,16 @@ def joint_case(rows: int, instructions: float) -> Case:
     )  # fmt: skip
 
 
+def attend_case(wide: int) -> Case:
+    positions, warps = decoding.attention_tile(wide)
+    constants = {
+        "CAPPED": True, "WINDOW": True, "GROUP": 4, "HEAD": wide, "BG": 16, "BD": wide,
+        "BLOCK": positions, "STEPS": 4,
+    }  # fmt: skip
+    types = "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 i32"
+    return Case(f"attend {wide}, part", decoding.attend_part, types, constants, 168, warps=warps)
+
+
 def attention_cases(name: str, width: int, dtype: str, capped: bool) -> list[Case]:
     found = []
     for kernel, backward, pointers, scalars, steps, more in (
@@ -139,14 +149,7 @@ CASES = [
     joint_case(64, 30.0),
     Case("finish", decoding.finish, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 i32 i32 i32 i32",
          {"PARTS": 2, "BIAS": True, "THIN": 1, "ADDED": True, "BM": 16, "BN": 128, "BR": 64}, 168),
-    Case("attend, part", decoding.attend_part,
-         "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 i32",
-         {"CAPPED": True, "WINDOW": True, "GROUP": 4, "HEAD": 128, "BG": 16, "BD": 128,
-          "BLOCK": 64, "STEPS": 4}, 255),
-    Case("attend, wide heads", decoding.attend_part,
-         "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 i32",
-         {"CAPPED": False, "WINDOW": False, "GROUP": 2, "HEAD": 256, "BG": 16, "BD": 256,
-          "BLOCK": 64, "STEPS": 1}, 255),
+    *(attend_case(wide) for wide in (64, 128, 256)),
     Case("attend, whole", decoding.attend_whole, "*fp32 *fp32 *fp32 *bf16 i32",
          {"HEAD": 128, "BD": 128, "PARTS": 16}, 168, warps=1),
     Case("rms norm", norms.rms_forward, "*bf16 *bf16 *bf16 *fp32 i32 i32 i32 fp32 fp32",

@@ -1,4 +1,4 @@
-"""A decoding step through the GPU's kernels, compared with the plain one: ``decode.py GROUP DEVICE``.
+"""A decoding step through the GPU's kernels, beside the plain one: ``decode.py GROUP DEVICE``.
 
 On a CPU the kernels are interpreted (``TRITON_INTERPRET=1``).
 """
@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import compare  # noqa: E402
 from compare import close, randn  # noqa: E402
+
 from fourbit import native  # noqa: E402
 from fourbit.decoding import GraphDecoder, build_decoder, step  # noqa: E402
 from fourbit.fused import primitives  # noqa: E402
@@ -61,9 +62,7 @@ def _joint(
         packed, absmax = reference.quantize_4bit(randn(width, depth) * width, 64, "nf4")
         nested = reference.quantize_absmax(absmax) if double else (absmax, None, None)
         scales.append((packed, *nested))
-        weight = reference.dequantize_4bit(
-            *scales[-1], 64, "nf4", (width, depth), dtype
-        )
+        weight = reference.dequantize_4bit(*scales[-1], 64, "nf4", (width, depth), dtype)
         expected.append(x.float() @ weight.float().t())
     wanted = torch.cat(expected, dim=1)
     form = {"blocksize": 64, "quant_type": "nf4"}

@@ -29,7 +29,6 @@ _PROGRAMS = 264
 _MOST_ROWS = 64
 _MOST_MEMBERS = 3
 _RANK = 64  # of a step of the adapters' product
-_POSITIONS = 64  # of a step of attention
 
 Scales = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -47,11 +46,12 @@ def few_rows_of(
     """
     column = tl.program_id(0) * BN
     first = 0
-    if MEMBERS > 1:
+    # two conditions each, as the first is known when the kernel is compiled
+    if MEMBERS > 1:  # noqa: SIM102
         if column >= first1:
             first = first1
             packed, absmax, nested, offset = packed1, absmax1, nested1, offset1
-    if MEMBERS > 2:
+    if MEMBERS > 2:  # noqa: SIM102
         if column >= first2:
             first = first2
             packed, absmax, nested, offset = packed2, absmax2, nested2, offset2
@@ -280,6 +280,11 @@ def attend_whole(
     tl.store(out + index * HEAD + d, rounded(total, out.dtype.element_ty), mask=inside)
 
 
+def attention_tile(wide: int) -> tuple[int, int]:
+    """Positions of a step of attention over heads of this padded width, and warps: no spills."""
+    return (64 if wide <= 128 else 32), (4 if wide <= 64 else 8)
+
+
 def attend(
     query: Tensor,
     keys: Tensor,
@@ -306,13 +311,14 @@ def attend(
     """
     rows, kv_heads, capacity, head = keys.shape
     group = query.shape[1] // (kv_heads * head)
-    heads, blocks = kv_heads * group, triton.cdiv(capacity, _POSITIONS)
+    wide = max(_LEAST, triton.next_power_of_2(head))
+    positions, warps = attention_tile(wide)
+    heads, blocks = kv_heads * group, triton.cdiv(capacity, positions)
     wanted = triton.next_power_of_2(triton.cdiv(_PROGRAMS, rows * kv_heads))
     parts = min(triton.next_power_of_2(blocks), wanted)
     made = {"dtype": torch.float32, "device": query.device}
     sums = torch.empty(parts, rows, heads, head, **made)
     peaks, weights = torch.empty(2, parts, rows, heads, **made)
-    wide = max(_LEAST, triton.next_power_of_2(head))
     attend_part[(rows, kv_heads, parts)](
         query,
         keys,
@@ -333,9 +339,9 @@ def attend(
         HEAD=head,
         BG=max(_LEAST, triton.next_power_of_2(group)),
         BD=wide,
-        BLOCK=_POSITIONS,
+        BLOCK=positions,
         STEPS=triton.cdiv(blocks, parts),
-        num_warps=4,
+        num_warps=warps,
     )
     out = torch.empty(rows, heads * head, dtype=query.dtype, device=query.device)
     attend_whole[(rows * heads,)](
