@@ -16,7 +16,7 @@ FLOORS = [
     {"errors"},
     {"files", "settings", "native", "arena"},
     {"codebook", "device", "shards", "rundir", "methods"},
-    {"ops", "checkpoint"},
+    {"ops", "checkpoint", "distributed"},
     {"quantize"},
     {"calibrated", "absmax"},
     {"linear"},

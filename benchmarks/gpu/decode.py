@@ -27,11 +27,14 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 
 def faults(rows: list[Row]) -> list[str]:
-    return [
+    short = [
         f"{row['case']}: {row['made']} tokens, asked for {row['new_tokens']}"
         for row in rows
         if row["made"] != row["new_tokens"]
     ]
+    ours = [row for row in rows if row["case"].endswith("fourbit")]
+    other = [row for row in ours if row["engine"] not in ("native", "graph")]
+    return short + [f"{row['case']}: no decoder of our own: {row['engine']}" for row in other]
 
 
 def measure(spec: Spec) -> Found:
@@ -64,7 +67,7 @@ def measure(spec: Spec) -> Found:
 
 def fourbit(spec: Spec, device: Any, prompt: list[int]) -> tuple[Run, str]:
     """The generator behind `fourbit generate`."""
-    from fourbit.decoding import build_decoder
+    from fourbit.decoding import Decoder, GraphDecoder, build_decoder
     from fourbit.generate import Generator, Sampling
     from gpu import build
     from shapes import tokenizer
@@ -79,10 +82,10 @@ def fourbit(spec: Spec, device: Any, prompt: list[int]) -> tuple[Run, str]:
     def run(count: int) -> int:
         return generator.answers([prompt], Sampling(max_new_tokens=count))[0].tokens
 
-    engine = "transformers"
-    if device.type == "cpu":
-        decoder, reason = build_decoder(model)
-        engine = reason if decoder is None else "native"
+    decoder, reason = build_decoder(model)
+    engine = (
+        reason if decoder is None else {Decoder: "native", GraphDecoder: "graph"}[type(decoder)]
+    )
     return run, engine
 
 

@@ -36,6 +36,7 @@ def plan(
     device: torch.device | str | None = None,
     budget: int | str | None = None,
     compare: bool = False,
+    processes: int = 1,
 ) -> planning.Plan:
     """Bytes by part for fine-tuning ``model`` as configured; no weight is read.
 
@@ -48,6 +49,7 @@ def plan(
             (`fourbit.planning.PRESETS`); None takes this machine's.
         budget: bytes for the whole process, or a size such as ``6GB``: the plan is then that of the
             best settings that fit, named in ``recommended``; None takes the configured one.
+        processes: plan one of so many that train together on this machine, or of one card each.
         compare: plan full, LoRA and QLoRA side by side, for ``methods`` and ``advice``.
 
     Raises:
@@ -67,7 +69,7 @@ def plan(
         run = _starting_at(run, preset)
         room, dtype = planning.Room.on(preset, budget=size), devices.DTYPES[run.precision]
     else:
-        room = planning.Room.here(target, budget=size)
+        room = planning.Room.here(target, budget=size, processes=processes)
         dtype = devices.resolve_precision(run.precision, target)
     source = resolve_source(model, revision=run.revision, weights=False)
     stored = stored_quantization(source)
@@ -75,14 +77,20 @@ def plan(
         run = run.model_copy(update={"quant": RunQuant.of(stored.quant)})
     architecture = load_config(source)
     kernels = planning.kernels_of(target) if preset is None else preset.kernels
-    shape = run.shape(dtype=dtype, kernels=kernels)
+    shape = run.shape(dtype=dtype, kernels=kernels, processes=processes)
     make = planning.plan_training if size is None else planning.recommend
     found = make(architecture, shape, room)
+    if found.fits is False and processes > 1 and run.parallel == "auto":
+        divided = run.model_copy(update={"parallel": "fsdp"})
+        other = divided.shape(dtype=dtype, kernels=kernels, processes=processes)
+        plan_of_parts = make(architecture, other, room)
+        if plan_of_parts.fits:
+            run, shape, found = divided, other, plan_of_parts
     if compare:
         # what each method leaves to its plan stays left to it
         settled = ("gradient_checkpointing", "optim.paged")
         run = replaced(run, {k: v for k, v in found.recommended.items() if k not in settled})
-        shape = run.shape(dtype=dtype, kernels=kernels)
+        shape = run.shape(dtype=dtype, kernels=kernels, processes=processes)
         found = planning.side_by_side(architecture, shape, room, found)
     return found
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,7 @@ def save(
     tensors: Mapping[str, Mapping[str, torch.Tensor]],
     documents: Mapping[str, Any],
     identity: Mapping[str, Any],
+    agree: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes the checkpoint of a step; a good one that is there already is kept.
 
@@ -104,6 +105,7 @@ def save(
         tensors: file name (``*.safetensors``) to named tensors, on any device.
         documents: file name (``*.json``) to a JSON value; NaN and infinity are kept exactly.
         identity: JSON facts that must hold again when the run is resumed.
+        agree: called when all is written and before it counts; what it raises undoes the save.
 
     Raises:
         EnvironmentFault: the disk refused. The older checkpoints are untouched.
@@ -119,6 +121,7 @@ def save(
             _set_aside(final, "bad")
         staging.mkdir()
         _fill(staging, step=step, tensors=tensors, documents=documents, identity=identity)
+        agree()
         os.rename(staging, final)
         sync_folder(checkpoints_dir)
     except OSError as error:

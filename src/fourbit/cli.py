@@ -84,24 +84,29 @@ def train(
     settings: tuple[str, ...], resume: str | None, overwrite: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Fine-tunes a model and writes a run directory."""
+    from fourbit.distributed import joined
     from fourbit.settings import load_settings
     from fourbit.training.config import SHORT_FORMS, TrainConfig
 
     path, overrides = _split(settings)
     if resume is not None:
         overrides.append(("resume", resume))
-    resolved = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS)
-    from fourbit.training.progress import Reporter
-    from fourbit.training.run import train as run_training
+    with joined() as ranks:
+        resolved = load_settings(
+            TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS
+        )
+        from fourbit.training.progress import Reporter
+        from fourbit.training.run import train as run_training
 
-    result = run_training(
-        resolved.value,
-        origins=resolved.origins,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        reporter=Reporter(),
-    )
-    if as_json:
+        result = run_training(
+            resolved.value,
+            origins=resolved.origins,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            reporter=Reporter(),
+            ranks=ranks,
+        )
+    if as_json and ranks.first:
         _print_json(result.as_dict())
 
 
@@ -143,17 +148,21 @@ def _split(settings: Sequence[str]) -> tuple[Path | None, list[tuple[str, str]]]
     fourbit plan ./my-model --budget 6GB --lora.r 64
     fourbit plan org/name --device T4 --plot memory.png
     fourbit plan config.yaml
+    fourbit plan org/name --nproc 4 --parallel fsdp
     """,
 )
 @click.argument(
     "settings", nargs=-1, type=click.UNPROCESSED, metavar="MODEL|CONFIG.yaml [--key value]"
 )
 @click.option("--device", help="Plan for T4, L4, RTX4090, A100-40, A100-80, H100, H200 or cpu.")
+@click.option("--nproc", type=click.IntRange(1), default=1, show_default=True,
+              help="Processes that train together: plans one of them.")  # fmt: skip
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the methods' memory, PNG.")
 @_JSON
 def plan(
     settings: tuple[str, ...],
     device: str | None,
+    nproc: int,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -171,7 +180,7 @@ def plan(
             "missing-value", where="plan", what="no model given", fix="fourbit plan MODEL"
         )
     run = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS).value
-    result = make_plan(run.model, config=run, device=device, compare=True)
+    result = make_plan(run.model, config=run, device=device, compare=True, processes=nproc)
     lines = result.lines()
     if plot is not None:
         from fourbit.report import plot_plans

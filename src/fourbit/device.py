@@ -79,8 +79,23 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def default_device() -> torch.device:
-    """The first accelerator torch can use, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first accelerator torch can use, else the CPU; under torchrun that of this process.
+
+    Raises:
+        InputError: more processes on this host than accelerators.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = int(os.environ.get("LOCAL_RANK", "0") or 0), torch.cuda.device_count()
+    if index >= count > 1:
+        raise InputError(
+            "too-many-processes",
+            where=f"rank {os.environ.get('RANK', index)}",
+            what=f"this host shows {count} graphics cards, and this is process {index + 1} on it",
+            fix=f"one process, one device: torchrun --nproc-per-node {count}",
+        )
+    # a scheduler may show each process its own card only
+    return torch.device("cuda", index if index < count else 0)
 
 
 def resolve_precision(precision: Precision, device: torch.device) -> torch.dtype:

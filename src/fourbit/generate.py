@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from fourbit import device as devices
 from fourbit.data import ChatTemplate, render, resolve_template
-from fourbit.decoding import Choice, Decoder, HeadSketch, build_decoder
+from fourbit.decoding import AnyDecoder, Choice, HeadSketch, build_decoder
 from fourbit.errors import InputError, ModelError
 from fourbit.integrations.peft import base_model
 from fourbit.integrations.prompts import generation_inputs, prompted, require_prompt_fits
@@ -120,6 +120,7 @@ class Generator:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self._stop = self._stop_ids()
         self._sketch: HeadSketch | None = None
+        self._warned = False
 
     def _stop_ids(self) -> list[int]:
         """Every id that ends an answer: the model's, the tokenizer's, the template's."""
@@ -175,10 +176,8 @@ class Generator:
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         torch.manual_seed(sampling.seed)
         choice = self._choice(sampling)
-        decoder = None
-        if choice is not None and next(self.model.parameters()).device.type == "cpu":
-            decoder, _reason = build_decoder(self.model, sketch=self._sketch)
-        with self._expanded() if decoder is None else nullcontext():
+        decoder = None if choice is None else self._decoder()
+        with self._expanded() if decoder is None else _released(decoder):
             for batch in _batches(order, prompts, sampling.max_new_tokens):
                 asked = [prompts[i] for i in batch]
                 said = None if on_text is None else _Saying(self.tokenizer, batch, on_text)
@@ -195,6 +194,15 @@ class Generator:
                     progress(len(results), "")
         self.model.train(was_training)
         return [results[index] for index in range(len(prompts))]
+
+    def _decoder(self) -> AnyDecoder | None:
+        """A decoder where the model is known; on a GPU it is said once why there is none."""
+        decoder, reason = build_decoder(self.model, sketch=self._sketch)
+        on_gpu = next(self.model.parameters()).device.type == "cuda"
+        if decoder is None and on_gpu and not self._warned:
+            self._warned = True
+            warnings.warn(f"transformers generates: {reason}", stacklevel=3)
+        return decoder
 
     def _choice(self, sampling: Sampling) -> Choice | None:
         """How tokens are chosen, the model's own generation_config considered as transformers does.
@@ -216,7 +224,7 @@ class Generator:
 
     def _decode(
         self,
-        decoder: Decoder,
+        decoder: AnyDecoder,
         prompts: list[list[int]],
         sampling: Sampling,
         choice: Choice,
@@ -291,6 +299,15 @@ class Generator:
             if token in self._stop:
                 return ids[:place]
         return ids
+
+
+@contextmanager
+def _released(decoder: AnyDecoder) -> Iterator[None]:
+    """Frees the decoder's memory at the end."""
+    try:
+        yield
+    finally:
+        decoder.release()
 
 
 class _Saying:

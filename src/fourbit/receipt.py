@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fourbit.distributed import ALONE, Ranks, local, whole
 from fourbit.errors import InputError, VerificationFailed
 from fourbit.files import sha256_of
 from fourbit.fused import observer
@@ -119,7 +120,7 @@ def read_receipt(path: Path) -> Receipt:
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, shape and dtype."""
-    data = tensor.detach().cpu().contiguous().reshape(-1)
+    data = whole(tensor).detach().cpu().contiguous().reshape(-1)
     digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(data.view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -203,12 +204,19 @@ class Watch:
         model: as it will be trained, adapters injected.
         optimizer: holds the trainable parameters; its steps are observed through torch's hooks.
         where: how errors call the run.
+        ranks: the processes that train it together; each of them watches.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, where: str = "training"
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        where: str = "training",
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.optimizer, self.where = model, optimizer, where
+        self._ranks = ranks
         self.base_before = frozen_digests(model)
         self.initial = {name: tensor_digest(p) for name, p in self._trainable()}
         self.first_gradient: dict[str, int] = {}
@@ -295,14 +303,15 @@ class Watch:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self.steps += 1
+        open_ones = [(n, p) for n, p in self._trainable() if n not in self.first_gradient]
         pending = False
-        for name, parameter in self._trainable():
-            if name in self.first_gradient:
-                continue
-            if parameter.grad is not None and bool(parameter.grad.any()):
-                self.first_gradient[name] = self.steps
-            else:
-                pending = True
+        if open_ones:
+            names, reached = [n for n, _p in open_ones], self._gradients_of(open_ones)
+            for found, is_there in zip(names, reached, strict=True):
+                if is_there:
+                    self.first_gradient[found] = self.steps
+                else:
+                    pending = True
         if pending:
             if self._is_idle():
                 self.idle_steps += 1
@@ -311,13 +320,20 @@ class Watch:
         if any(group["lr"] > 0 for group in optimizer.param_groups):
             self.moving_steps += 1
 
+    def _gradients_of(self, parameters: list[tuple[str, nn.Parameter]]) -> list[bool]:
+        """Which of them have a gradient that is not zero, in any process's part of them."""
+        return self._ranks.any_of(
+            [p.grad is not None and bool(local(p.grad).any()) for _, p in parameters]
+        )
+
     def _is_idle(self) -> bool:
         """Whether every gradient is there and zero, as when all rewards of a batch are equal.
 
         Such a step says nothing about where gradients flow.
         """
-        gradients = [p.grad for _, p in self._trainable()]
-        return all(g is not None and not bool(g.any()) for g in gradients)
+        trained = list(self._trainable())
+        there = all(p.grad is not None for _, p in trained)
+        return there and not any(self._gradients_of(trained))
 
     def without_gradient(self) -> list[str]:
         """Trainable parameters that should have had a gradient by now and had none.
@@ -343,7 +359,8 @@ class Watch:
         config = getattr(self.model, "config", None)
         if not any(getattr(config, key, None) for key in _EXPERT_COUNTS):
             return set()
-        return {name + "." for name in lora_layers(self.model) if name not in self._called}
+        called = {name for names in self._ranks.gather(sorted(self._called)) for name in names}
+        return {name + "." for name in lora_layers(self.model) if name not in called}
 
     def _require_gradients(self) -> None:
         missing = self.without_gradient()
@@ -450,7 +467,10 @@ class Watch:
         )
 
     def _check_saved(self, receipt: Receipt, folder: Path, save_dtype: torch.dtype) -> None:
-        problems, facts = compare_saved(self.model, folder, save_dtype=save_dtype)
+        state, whole_model = _saved_state(self.model)
+        if not self._ranks.first:
+            return  # the first process has written it, perhaps on another host
+        problems, facts = _compare(state, folder, save_dtype=save_dtype, complete=not whole_model)
         receipt.facts.update(facts)
         detail = f"read back and equal: {facts.get('adapter_bytes', 0):,} bytes"
         receipt.add("adapter_saved", not problems, problems[0] if problems else detail)
@@ -474,29 +494,40 @@ def compare_saved(
     Returns:
         Problems (empty when equal) and facts: bytes and SHA-256 of the file.
     """
+    state, whole_model = _saved_state(model)
+    return _compare(state, folder, save_dtype=save_dtype, complete=not whole_model)
+
+
+def _saved_state(model: nn.Module) -> tuple[dict[str, Tensor], bool]:
+    """What of the model is in its file, put together, and whether the file holds more."""
     from peft import PeftModel, get_peft_model_state_dict
 
+    if isinstance(model, PeftModel):
+        # embeddings would be looked up on the hub; what we train is saved by name
+        state = prompt_state(model)
+        if state is None:
+            state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {name: whole(tensor) for name, tensor in state.items()}, False
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name: whole(p) for name, p in trained}, True
+
+
+def _compare(
+    state: Mapping[str, Tensor], folder: Path, *, save_dtype: torch.dtype, complete: bool
+) -> tuple[list[str], dict[str, Any]]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         return [f"no safetensors in {folder.name}/"], {}
     saved: dict[str, Tensor] = {}
     for path in paths:
         saved |= load_file(path)
-    if isinstance(model, PeftModel):
-        # embeddings would be looked up on the hub; what we train is saved by name
-        state = prompt_state(model)
-        if state is None:
-            state = get_peft_model_state_dict(model, save_embedding_layers=False)
-        complete = state.keys() == saved.keys()
-    else:
-        state = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        complete = state.keys() <= saved.keys()
+    found = state.keys() == saved.keys() if complete else state.keys() <= saved.keys()
     facts = {
         "adapter_bytes": sum(path.stat().st_size for path in paths),
         "adapter_sha256": sha256_of(paths[0]),
         "adapter_tensors": len(saved),
     }
-    if not complete:
+    if not found:
         return [f"{len(saved)} tensors in the file, {len(state)} in the model"], facts
     for name, tensor in state.items():
         wanted = tensor.detach().cpu()

@@ -265,6 +265,28 @@ class RunDir:
         sync_folder(self.path)
 
 
+class UnwrittenRunDir(RunDir):
+    """The paths of a run that another process writes: nothing is locked, created or changed."""
+
+    def write_text(self, path: Path | str, text: str) -> None:
+        """Leaves it to the other process."""
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Leaves it to the other process."""
+
+    def truncate_metrics(self, after_step: int) -> int:
+        """Leaves it to the other process."""
+        return 0
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """None: they may be on another host."""
+        return []
+
+    def log(self, text: str) -> bool:
+        """Leaves it to the other process."""
+        return False
+
+
 def check_path(path: Path) -> None:
     """Refuses a path that no file system takes, or that would disguise a line of output.
 

@@ -1,4 +1,4 @@
-"""The decoder: prompts through the model's own forward, then one native call for each token."""
+"""Decoding on a CPU: prompts by the model's own forward, then one native call for each token."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from fourbit import native
-from fourbit.decoding.layout import Layout, Sketch, Step, UnknownModel, check_sizes, lay_out
-from fourbit.decoding.sampling import GREEDY, Choice, choose
+from fourbit.decoding.growing import Growing
+from fourbit.decoding.layout import Sketch, Step, check_sizes, lay_out
+from fourbit.decoding.parts import Parts
+from fourbit.decoding.reading import read_prompts
+from fourbit.decoding.sampling import GREEDY, Choice
 from fourbit.integrations import anatomy
-from fourbit.integrations.peft import base_model
-from fourbit.integrations.prompts import prompted
 
 _PREFILL_TOKENS = 4096
 """Tokens of one forward of the prompts: bounds its activations."""
 _SKETCHED_TOKENS = 16
 """A sketch of the head pays for answers of this length on."""
-_SHARED_PREFIX = 8
-"""From this length on a beginning that all prompts have in common is computed once."""
 
 
 class HeadSketch:
@@ -69,29 +68,6 @@ def _identity(weight: Tensor) -> tuple[object, ...]:
     return weight.data_ptr(), weight._version, weight.shape, weight.dtype
 
 
-def build_decoder(
-    model: nn.Module, *, sketch: HeadSketch | None = None
-) -> tuple[Decoder | None, str]:
-    """A decoder for a loaded model, or None and the reason why there is none.
-
-    Args:
-        model: a causal LM on the CPU, PEFT's wrapper included. Its weights are pointed to, its
-            adapter and norms copied: after training them, build anew.
-        sketch: `Decoder.sketch` of an earlier decoder; used if the head is still the same.
-    """
-    if native.isa() is None:
-        return None, "there is no native library"
-    if prompted(model) is not None:
-        return None, "a learned prompt stands before the text"
-    if model.training:
-        return None, "the model is in training mode"
-    try:
-        check_sizes()
-        return Decoder(lay_out(base_model(model)), sketch), ""
-    except UnknownModel as error:
-        return None, str(error)
-
-
 @dataclass
 class _Batch:
     """The sequences at work; positions of all of them lie one after the other in the cache.
@@ -129,10 +105,19 @@ class _Room:
 
 
 class Decoder:
-    """Continues token sequences; see `build_decoder`."""
+    """Continues token sequences on a CPU; see `build_decoder`.
 
-    def __init__(self, layout: Layout, sketch: HeadSketch | None = None) -> None:
-        self._layout = layout
+    Args:
+        parts: the model, on the CPU.
+        sketch: of an earlier decoder; used if the head is still the same.
+
+    Raises:
+        UnknownModel: the engine does not read this model's weights.
+    """
+
+    def __init__(self, parts: Parts, sketch: HeadSketch | None = None) -> None:
+        check_sizes()
+        self._layout = layout = lay_out(parts)
         fits = sketch is not None and layout.head is not None and sketch.fits(layout.head)
         self._sketch = sketch if fits else None
         self._batch: _Batch | None = None
@@ -200,36 +185,19 @@ class Decoder:
             choice: how tokens are chosen; sampling draws from torch's generator.
             on_tokens: told the new token of each row that goes on.
         """
-        found: list[list[int]] = [[] for _ in prompts]
-        seen = None if choice.repetition_penalty == 1 else [list(prompt) for prompt in prompts]
-        stops = frozenset(stop)
-        rows = list(range(len(prompts)))
+        growing = Growing(prompts, stop=stop, choice=choice, on_tokens=on_tokens)
         if choice.plain and len(prompts) == 1 and max_new_tokens >= _SKETCHED_TOKENS:
             self._make_sketch()
         try:
             logits, tokens = self._start(prompts, max_new_tokens)
             for count in range(max_new_tokens):
-                if not choice.plain:
-                    said = None if seen is None else [seen[row] for row in rows]
-                    tokens = choose(logits, choice, seen=said).tolist()
-                fresh = {
-                    row: token
-                    for row, token in zip(rows, tokens, strict=True)
-                    if token not in stops
-                }
-                for row, token in fresh.items():
-                    found[row].append(token)
-                    if seen is not None:
-                        seen[row].append(token)
-                if on_tokens is not None and fresh:
-                    on_tokens(fresh)
-                if not fresh or count + 1 == max_new_tokens:
+                growing.take(tokens if choice.plain else growing.choose(logits))
+                if not growing.rows or count + 1 == max_new_tokens:
                     break
-                rows = list(fresh)
-                logits, tokens = self._call(rows, tokens=list(fresh.values()), greedy=choice.plain)
+                logits, tokens = self._call(growing.rows, tokens=growing.last, greedy=choice.plain)
         finally:
             self.release()
-        return found
+        return growing.found
 
     def _make_sketch(self) -> None:
         if self._sketch is None and self._layout.head is not None:
@@ -249,23 +217,21 @@ class Decoder:
         starts = [0, *itertools.accumulate(capacities)][:-1]
         batch = _Batch(starts, capacities, [0] * len(capacities), cache=[], tables=[])
         tables: dict[object, tuple[Tensor, Tensor]] = {}
-        for layer, module in zip(layout.layers, layout.modules, strict=True):
+        for layer, part in zip(layout.layers, layout.parts.layers, strict=True):
             width = total * layer.kv_heads * layer.head_dim
             keys = torch.empty(width, dtype=layout.cache_dtype)
             values = torch.empty_like(keys)
             batch.cache.append((keys, values))
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-            names = anatomy.layer_names(module)
-            if names is None or not names.rotary:
+            if not part.rotary:
                 continue
-            kind = getattr(module.get_submodule(names.attention), "layer_type", None)
-            if kind not in tables:
+            if part.kind not in tables:
                 positions = torch.arange(longest)[None]
                 cos, sin = anatomy.rotary_tables(
-                    layout.source, module, positions, dtype=torch.float32
+                    layout.parts.source, part.module, positions, dtype=torch.float32
                 )
-                tables[kind] = (cos[0].contiguous(), sin[0].contiguous())
-            cos, sin = tables[kind]
+                tables[part.kind] = (cos[0].contiguous(), sin[0].contiguous())
+            cos, sin = tables[part.kind]
             layer.cos, layer.sin, layer.rotary = cos.data_ptr(), sin.data_ptr(), cos.shape[-1]
         batch.tables = [table for pair in tables.values() for table in pair]
         self._batch = batch
@@ -274,27 +240,8 @@ class Decoder:
         """Runs the prompts and fills the cache; returns the last state of each, ``[B, D]``."""
         batch = self._batch
         assert batch is not None
-        model: Any = self._layout.source.base_model
-        # Padding goes to the right, where no token of a prompt looks, so no mask is needed.
+        cache, states = read_prompts(self._layout.parts.source, prompts, tokens=_PREFILL_TOKENS)
         lengths = [len(prompt) for prompt in prompts]
-        cache, shared = DynamicCache(), _shared_prefix(prompts)
-        for start in range(0, shared, _PREFILL_TOKENS):
-            part = list(prompts[0][start : min(start + _PREFILL_TOKENS, shared)])
-            model(input_ids=torch.tensor([part]), past_key_values=cache, use_cache=True)
-        if shared and len(prompts) > 1:
-            cache.batch_repeat_interleave(len(prompts))
-        ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
-        shape = (len(prompts), int(self._layout.model.width))
-        states = torch.empty(shape, dtype=torch.float32, device="cpu")
-        width = max(64, _PREFILL_TOKENS // len(prompts))
-        for start in range(shared, ids.shape[1], width):
-            part = ids[:, start : start + width]
-            hidden = model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
-            for row, length in enumerate(lengths):
-                if start < length <= start + part.shape[1]:
-                    states[row] = hidden[row, length - 1 - start]
         self._keep(cache, lengths)
         batch.places = lengths
         return states
@@ -357,14 +304,3 @@ class Decoder:
             rows, longest, threads, vocabulary=self.vocabulary, workspace=bytes_.value
         )
         return self._room
-
-
-def _shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many first tokens are the same in all prompts, if it is worth a forward of their own."""
-    if len(prompts) == 1:
-        return 0
-    shortest = min(map(len, prompts))
-    count = 0
-    while count < shortest - 1 and len({prompt[count] for prompt in prompts}) == 1:
-        count += 1
-    return count if count >= _SHARED_PREFIX else 0

@@ -12,25 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear as PeftLoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fourbit import codebook, native
-from fourbit.integrations import anatomy
-from fourbit.integrations.peft import LoraLinear4bit, plain_adapter
-from fourbit.linear import Linear4bit, Linear8bit, QuantizedLinear
+from fourbit.decoding.parts import Layer as LayerParts
+from fourbit.decoding.parts import Linear, Parts, UnknownModel
+from fourbit.fused.parts import Norm as PlainNorm
+from fourbit.linear import Linear4bit, Linear8bit
 
 _PLAIN, _TRANSPOSED, _FOUR_BIT, _EIGHT_BIT = range(4)
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 _CPU = torch.device("cpu")
-
-
-class UnknownModel(Exception):
-    """The engine cannot run this model; the message says why."""
 
 
 def _structure(name: str, fields: list[tuple[str, Any]]) -> type[ctypes.Structure]:
@@ -81,8 +74,7 @@ class Layout:
     Attributes:
         model: the structure; its layers' tables and caches are filled in for each batch.
         layers: an array of the layers' structures.
-        modules: the decoder layers, in order.
-        source: the transformers model.
+        parts: the model that it was made of.
         cache_dtype: of keys and values.
         head: weight of the output projection, where a sketch of it would find the best token.
         kept: everything that is pointed to.
@@ -90,67 +82,50 @@ class Layout:
 
     model: Any
     layers: Any
-    modules: list[nn.Module]
-    source: PreTrainedModel
+    parts: Parts
     cache_dtype: torch.dtype
     head: Tensor | None
     kept: list[Tensor] = field(default_factory=list)
 
 
-def lay_out(model: PreTrainedModel) -> Layout:
-    """The layout of a loaded model, its one active adapter included.
+def lay_out(parts: Parts) -> Layout:
+    """The layout of a model, its one active adapter included.
 
     Raises:
-        UnknownModel: the architecture, a layer or an adapter is none that the engine computes.
+        UnknownModel: a weight lies elsewhere or in a form that the engine does not read.
     """
-    ends, modules = anatomy.ends_of(model), anatomy.known_layers(model)
-    if ends is None or not modules:
-        raise UnknownModel(f"{type(model).__name__} is no architecture that the engine knows")
-    if not anatomy.positions_fixed(model):
-        raise UnknownModel("its rotation depends on the length of the text")
-    return _Builder(model, ends).build(modules)
+    return _Builder(parts).build()
 
 
 class _Builder:
-    def __init__(self, model: PreTrainedModel, ends: anatomy.Ends) -> None:
-        self.source, self.ends, self.kept = model, ends, []
-        table = self.pick(ends.embedding)
-        if not isinstance(table, nn.Embedding) or isinstance(table, BaseTunerLayer):
-            raise UnknownModel(f"its token table is a {type(table).__name__}")
-        self.table = table
-        self.dtype = table.weight.dtype
+    def __init__(self, parts: Parts) -> None:
+        self.parts, self.kept, self.dtype = parts, [], parts.dtype
         self.half = native.isa() == "avx512_bf16"
 
-    def build(self, modules: list[nn.Module]) -> Layout:
-        layers = (Layer * len(modules))(*(self.layer(module) for module in modules))
-        inner = self.source.base_model
-        known = sum(1 for module in inner.modules() if anatomy.layer_names(module) is not None)
-        if known != getattr(self.source.config, "num_hidden_layers", known):
-            raise UnknownModel("some of its layers are of another class")
-        head = self.source.get_output_embeddings()
-        if head is None:
-            raise UnknownModel("it has no head")
+    def build(self) -> Layout:
+        parts = self.parts
+        layers = (Layer * len(parts.layers))(*map(self.layer, parts.layers))
+        positions = parts.positions
         cache = torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float32
         model = Model(
             layers=ctypes.addressof(layers),
-            embedding=self.floating(self.table.weight),
-            positions=self.positions(),
-            last=self.norm(self.ends.last_norm),
-            head=self.matrix(head, "the head"),
-            embedding_scale=self.ends.embedding_scale,
-            logit_scale=self.ends.logit_scale,
-            logit_softcap=self.ends.logit_softcap,
-            layer_count=len(modules),
-            width=self.table.embedding_dim,
-            embedding_dtype=native.DTYPES[self.table.weight.dtype],
+            embedding=self.floating(parts.table.weight),
+            positions=None if positions is None else self.floating(positions.weight),
+            last=self.norm(parts.last),
+            head=self.matrix(parts.head),
+            embedding_scale=parts.ends.embedding_scale,
+            logit_scale=parts.ends.logit_scale,
+            logit_softcap=parts.ends.logit_softcap,
+            layer_count=len(parts.layers),
+            width=parts.table.embedding_dim,
+            embedding_dtype=native.DTYPES[parts.table.weight.dtype],
             cache_dtype=native.DTYPES[cache],
         )
         plain = model.head.format == _PLAIN and not model.head.rank and not model.head.bias
         # a softcap makes large scores equal, so that the first of them would have to be found
         rising = model.logit_scale > 0 and model.logit_softcap == 0
-        weight: Any = getattr(self.pick(head), "weight", None)
-        sketched = weight.detach() if plain and rising else None
-        return Layout(model, layers, modules, self.source, cache, sketched, self.kept)
+        sketched = parts.head.base.weight.detach() if plain and rising else None
+        return Layout(model, layers, parts, cache, sketched, self.kept)
 
     def keep(self, tensor: Tensor) -> int:
         if tensor.device.type != "cpu":
@@ -168,96 +143,52 @@ class _Builder:
             return None
         return self.keep((tensor.detach().float() + offset).contiguous())
 
-    def positions(self) -> int | None:
-        table = self.ends.positions
-        if table is None:
-            return None
-        if type(table) is not nn.Embedding or table.weight.dtype != self.table.weight.dtype:
-            raise UnknownModel(f"its positions are a {type(table).__name__}")
-        return self.floating(table.weight)
-
-    def pick(self, module: nn.Module) -> nn.Module:
-        """What stands at a place: the trained copy of a module that is trained whole."""
-        hooks = (module._forward_hooks, module._forward_pre_hooks)
-        if any(hooks) or "forward" in module.__dict__:
-            raise UnknownModel(f"a hook sits on a {type(module).__name__}")
-        if not isinstance(module, ModulesToSaveWrapper):
-            return module
-        names = [] if module.disable_adapters else module.active_adapters
-        active = [name for name in names if name in module.modules_to_save]
-        return self.pick(module.modules_to_save[active[0]] if active else module.original_module)
-
-    def norm(self, module: nn.Module | None) -> Any:
-        if module is None:
+    def norm(self, norm: PlainNorm | None) -> Any:
+        if norm is None:
             return Norm()
-        found = anatomy.norm_of(self.pick(module))
-        if found is None:
-            raise UnknownModel(f"a norm is a {type(module).__name__}")
-        weight = self.floats(found.weight, offset=found.offset)
-        return Norm(weight=weight, bias=self.floats(found.bias), eps=found.eps)
+        weight = self.floats(norm.weight, offset=norm.offset)
+        return Norm(weight=weight, bias=self.floats(norm.bias), eps=norm.eps)
 
-    def layer(self, module: nn.Module) -> Any:
-        names = anatomy.layer_names(module)
-        assert names is not None
-        self.pick(module)
-        attention, mlp = module.get_submodule(names.attention), module.get_submodule(names.mlp)
-        self.pick(attention)
-        self.pick(mlp)
-        heads = anatomy.heads_of(attention)
-        activation = anatomy.activation_of(mlp.get_submodule(names.activation))
-        if activation is None:
-            raise UnknownModel(f"its activation is {mlp.get_submodule(names.activation)}")
-
-        def part(parent: nn.Module, name: str | None) -> nn.Module | None:
-            return None if name is None else parent.get_submodule(name)
-
-        query, key = names.head_norms or (None, None)
+    def layer(self, layer: LayerParts) -> Any:
+        query, key = layer.head_norms or (None, None)
         return Layer(
-            qkv=self.group(attention, names.qkv),
-            out=self.group(attention, (names.out,)),
-            up=self.group(mlp, names.up),
-            down=self.group(mlp, (names.down,)),
-            before_attention=self.norm(part(module, names.norm_attention)),
-            after_attention=self.norm(part(module, names.norm_after_attention)),
-            before_mlp=self.norm(part(module, names.norm_mlp)),
-            after_mlp=self.norm(part(module, names.norm_after_mlp)),
-            query=self.norm(part(attention, query)),
-            key=self.norm(part(attention, key)),
-            scale=heads.scale,
-            softcap=heads.softcap,
-            residual=anatomy.residual_scale(module, names),
-            window=heads.sliding_window or 0,
-            heads=heads.heads,
-            kv_heads=heads.kv_heads,
-            head_dim=heads.head_dim,
-            gated=int(names.gated),
-            activation=_ACTIVATIONS[activation],
+            qkv=self.group(layer.qkv),
+            out=self.group(layer.out),
+            up=self.group(layer.up),
+            down=self.group(layer.down),
+            before_attention=self.norm(layer.before_attention),
+            after_attention=self.norm(layer.after_attention),
+            before_mlp=self.norm(layer.before_mlp),
+            after_mlp=self.norm(layer.after_mlp),
+            query=self.norm(query),
+            key=self.norm(key),
+            scale=layer.heads.scale,
+            softcap=layer.heads.softcap,
+            residual=layer.residual,
+            window=layer.heads.sliding_window or 0,
+            heads=layer.heads.heads,
+            kv_heads=layer.heads.kv_heads,
+            head_dim=layer.heads.head_dim,
+            gated=int(layer.gated),
+            activation=_ACTIVATIONS[layer.activation],
         )
 
-    def group(self, parent: nn.Module, names: tuple[str, ...]) -> Any:
-        parts = [self.matrix(parent.get_submodule(name), name) for name in names]
+    def group(self, members: tuple[Linear, ...]) -> Any:
+        parts = [self.matrix(member) for member in members]
         if len({part.threshold for part in parts if part.format == _EIGHT_BIT}) > 1:
             raise UnknownModel("neighbouring layers have different INT8 thresholds")
         return Group(count=len(parts), parts=tuple(parts))
 
-    def matrix(self, module: nn.Module, name: str) -> Any:
-        module = self.pick(module)
-        adapter = None
-        if isinstance(module, BaseTunerLayer):
-            module, adapter = self.adapter(module, name)
-            module = self.pick(module)
-        if isinstance(module, Linear4bit):
-            found = self.four_bit(module)
-        elif isinstance(module, Linear8bit):
-            found = self.eight_bit(module)
-        elif type(module) is nn.Linear or type(module) is Conv1D:
-            found = self.plain(module)
+    def matrix(self, linear: Linear) -> Any:
+        if isinstance(linear.base, Linear4bit):
+            found = self.four_bit(linear.base)
+        elif isinstance(linear.base, Linear8bit):
+            found = self.eight_bit(linear.base)
         else:
-            raise UnknownModel(f"{name} is a {type(module).__name__}")
-        bias = getattr(module, "bias", None)
-        found.bias = self.floats(bias if isinstance(bias, Tensor) else None)
-        if adapter is not None:
-            self.add_adapter(found, adapter)
+            found = self.plain(linear.base)
+        found.bias = self.floats(linear.bias)
+        if linear.adapter is not None:
+            self.add_adapter(found, linear.adapter)
         return found
 
     def four_bit(self, layer: Linear4bit) -> Any:
@@ -304,27 +235,6 @@ class _Builder:
             dtype=native.DTYPES[weight.dtype],
             half=int(self.half and weight.dtype == self.dtype == torch.bfloat16),
         )
-
-    def adapter(
-        self, layer: BaseTunerLayer, name: str
-    ) -> tuple[nn.Module, tuple[Tensor, Tensor, float] | None]:
-        """The base of a layer with adapters, and A, B and scaling of the active one."""
-        if type(layer) not in (PeftLoraLinear, LoraLinear4bit):
-            raise UnknownModel(f"{name} carries a {type(layer).__name__}")
-        assert isinstance(layer, PeftLoraLinear)
-        base = layer.get_base_layer()
-        active = [found for found in layer.active_adapters if found in layer.lora_A]
-        if layer.merged and isinstance(base, QuantizedLinear):
-            raise UnknownModel("adapters are merged into packed weights")
-        if layer.merged or layer.disable_adapters or not active:
-            return base, None
-        if len(active) > 1:
-            raise UnknownModel("more than one adapter is active")
-        parts = plain_adapter(layer)
-        if parts is None:
-            raise UnknownModel(f"{name} carries another kind of LoRA")
-        A, B, scaling, _ = parts
-        return base, (A.detach(), B.detach(), float(scaling))
 
     def add_adapter(self, found: Any, adapter: tuple[Tensor, Tensor, float]) -> None:
         A, B, scaling = adapter

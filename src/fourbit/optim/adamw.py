@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fourbit.device import is_out_of_memory
+from fourbit.distributed import is_shard, local
 from fourbit.optim.pages import PAGE_BYTES, RING, Hosted, Mapped, Pages, Resident, Ring, Stats
 from fourbit.optim.update import BLOCK, Coefficients, Moment, Run, update_runs
 
@@ -160,8 +161,9 @@ class AdamW(torch.optim.Optimizer):
         for index, (values, _, _) in work.items():
             self._steps[index] += 1
             parameter = self._placed[index]
-            if values.data_ptr() != parameter.data_ptr():
-                parameter.copy_(values.view(parameter.shape))
+            own = local(parameter)
+            if values.data_ptr() != own.data_ptr():
+                own.copy_(values.view(own.shape))
             # native code changed it behind autograd's back
             torch.autograd.graph.increment_version(parameter)
         return loss
@@ -171,13 +173,18 @@ class AdamW(torch.optim.Optimizer):
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         work = {}
         for index, parameter in enumerate(self._placed):
-            grad = parameter.grad
-            if grad is None or id(parameter) not in groups or parameter.numel() == 0:
+            own = local(parameter)
+            if parameter.grad is None or id(parameter) not in groups:
                 continue
+            if own.numel() == 0:
+                # of a divided parameter, whose other parts make this step
+                self._steps[index] += is_shard(parameter)
+                continue
+            grad = local(parameter.grad)
             if grad.is_sparse:
                 raise ValueError("AdamW takes no sparse gradients")
             scalars = Coefficients.of(groups[id(parameter)], self._steps[index] + 1)
-            values, flat = parameter.detach().contiguous(), grad.to(parameter.dtype).contiguous()
+            values, flat = own.detach().contiguous(), grad.to(own.dtype).contiguous()
             work[index] = (values.view(-1), flat.view(-1), scalars)
         return work
 
@@ -259,7 +266,8 @@ class AdamW(torch.optim.Optimizer):
             self._numbers[id(parameter)] = index
             self._steps.append(0)
             self._where[index] = []
-        for page in _cut(self._placed, first, self.optim_bits, self.page_bytes):
+        sizes = [local(parameter).numel() for parameter in self._placed]
+        for page in _cut(sizes, first, self.optim_bits, self.page_bytes):
             last = page[-1]
             self._add_page(last.offset + 2 * _moment_bytes(last.count, last.bits))
             for piece in page:
@@ -283,7 +291,7 @@ class AdamW(torch.optim.Optimizer):
         index = self._numbers.get(id(parameter))
         if index is None or self._steps[index] == 0:
             return []
-        if state_bits(parameter.numel(), self.optim_bits) == 32:
+        if state_bits(local(parameter).numel(), self.optim_bits) == 32:
             return ["step", *_MOMENTS]
         return ["step", *(key for name in _MOMENTS for key in (name, f"{name}_absmax"))]
 
@@ -309,9 +317,11 @@ class AdamW(torch.optim.Optimizer):
                     parts.setdefault(name, []).append(moment.clone())
             self._pages.give(page)
         state = {"step": torch.tensor(float(self._steps[index]))}
+        if local(parameter).numel() == 0:
+            state |= {name: torch.zeros_like(local(parameter)) for name in _MOMENTS}
         for name, pieces in parts.items():
             whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            state[name] = whole.view(parameter.shape) if name in _MOMENTS else whole
+            state[name] = whole.view(local(parameter).shape) if name in _MOMENTS else whole
         return state
 
     def restore(self, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -322,7 +332,7 @@ class AdamW(torch.optim.Optimizer):
         """
         pages = self._lay_out()
         index = self._numbers[id(parameter)]
-        count = parameter.numel()
+        count = local(parameter).numel()
         for name in _MOMENTS:
             if name not in state or state[name].numel() != count:
                 raise ValueError(f"{name} does not fit a parameter of {count} elements")
@@ -357,14 +367,12 @@ class AdamW(torch.optim.Optimizer):
         return enumerate(p for group in self.param_groups for p in group["params"])
 
 
-def _cut(
-    parameters: list[Tensor], first: int, optim_bits: int, page_bytes: int
-) -> Iterator[list[_Piece]]:
-    """Pieces of the parameters from the ``first`` on, by page; they begin where blocks begin."""
+def _cut(sizes: list[int], first: int, optim_bits: int, page_bytes: int) -> Iterator[list[_Piece]]:
+    """Pieces of parameters of these sizes from the ``first`` on, by page, cut between blocks."""
     page: list[_Piece] = []
     offset = 0
-    for index in range(first, len(parameters)):
-        count, start = parameters[index].numel(), 0
+    for index in range(first, len(sizes)):
+        count, start = sizes[index], 0
         bits = state_bits(count, optim_bits)
         while start < count:
             # the alignment of its four parts may cost a piece as much as this

@@ -123,4 +123,4 @@ class _Search:
         if plan.fits is False:
             last = f"nothing fits; the least is {plan.peak_bytes / 1e6:,.0f} MB"
         lines = tuple(f"budget: {reason}" for reason in (*self._reasons, last))
-        return replace(plan, reasons=lines)
+        return replace(plan, reasons=(*plan.reasons, *lines))

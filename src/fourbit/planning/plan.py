@@ -35,6 +35,8 @@ _RUNTIME = 70 << 20
 Linux."""
 _CONTEXT = 500 << 20
 """What a graphics card's driver and libraries take before a model is there; an estimate."""
+_GATHERED = 3
+"""Whole layers at once where they are divided: in use, on its way, and the buffer it comes in."""
 _RESERVE = 0.9
 """Share of the free memory a plan may use; the rest is for what no plan sees."""
 
@@ -163,12 +165,13 @@ class Room:
     holes: float = 0.0
 
     @classmethod
-    def here(cls, device: torch.device, *, budget: int | None = None) -> Room:
+    def here(cls, device: torch.device, *, budget: int | None = None, processes: int = 1) -> Room:
         """What this machine has free now.
 
         Args:
             device: where a run would be.
             budget: bytes that the process may take, whatever is free.
+            processes: how many share this machine's memory; each has its own graphics card.
         """
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -177,7 +180,7 @@ class Room:
         baseline = (devices.resident_memory() or 0) + _RUNTIME
         if budget is None:
             _, free = devices.host_memory()
-            budget = int(free * _RESERVE) + baseline if free else None
+            budget = int(free * _RESERVE) // processes + baseline if free else None
         return cls(budget, baseline, _HOLES[arena.active() or arena.available()])
 
     @classmethod
@@ -220,13 +223,9 @@ class Planner:
     def __init__(self, config: PretrainedConfig, shape: TrainingShape) -> None:
         self.shape = shape
         skeleton = make_skeleton(config, shape)
-        # on meta what is trained may still be in 16 bits; it becomes float32
-        self._counts = [
-            p.numel() for p, times in skeleton.parameters() if p.requires_grad for _ in range(times)
-        ]
-        self._trained = 4 * sum(self._counts)
-        frozen = sum(n * _bytes(p) for p, n in skeleton.parameters() if not p.requires_grad)
-        self._weights = frozen + (self._trained if shape.method == "full" else 0)
+        sizes = _Sizes.of(skeleton, shape)
+        self._counts, self._trained, self._weights = sizes.counts, sizes.trained, sizes.weights
+        self._sizes = sizes
         self._largest = _largest_source(skeleton.model, shape)
         self._numbers = _numbers(skeleton)
         self._steps = ImaginedSteps(skeleton, shape)
@@ -285,12 +284,14 @@ class Planner:
                 "optimizer": optimizer if state else 0,
                 "baseline": room.baseline,
             }
-            every = fixed | moment.parts
+            every = fixed | self._sizes.exchanged(moment.parts)
             every["workspace"] += round(room.holes * moment.total)
             return {name: every[name] for name in (*PARTS, "baseline")}
 
         loading = Moment()
         loading.parts["workspace"] = self._largest
+        if shape.kernels == "cpu":  # where layers are divided only after they were loaded
+            loading.parts["workspace"] += self._sizes.whole_weights - self._weights
         saving = Moment()
         saving.parts["workspace"] = max(self._counts, default=0) * 8
         moments = self._steps.moments(recompute)
@@ -319,7 +320,87 @@ class Planner:
             trainable=trainable,
             parameters=parameters,
             offload=self.shape.offload,
+            reasons=_one_of(shape),
         )
+
+
+def _one_of(shape: TrainingShape) -> tuple[str, ...]:
+    if shape.processes == 1:
+        return ()
+    how = "layers divided (fsdp)" if shape.divided else "the base whole in each (ddp)"
+    return (f"plan: one of {shape.processes} processes, {how}",)
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What one process holds of the model.
+
+    Attributes:
+        counts: elements of each trained tensor, as far as they are here.
+        trained: bytes of them.
+        weights: bytes of what is frozen, and of what is trained where all is.
+        whole_weights: the same before layers are divided.
+        layer: bytes of one whole decoder layer, frozen and trained; 0 where none is divided.
+        layer_trained: bytes of what is trained in it.
+        whole_trained: bytes of all that is trained, in all processes.
+        processes: how many there are.
+    """
+
+    counts: list[int]
+    trained: int
+    weights: int
+    whole_weights: int
+    layer: int
+    layer_trained: int
+    whole_trained: int
+    processes: int
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, shape: TrainingShape) -> _Sizes:
+        parts = shape.processes if shape.divided else 1
+        layers = decoder_layers(base_model(skeleton.model))
+        inside = {id(p) for layer in layers for p in layer.parameters()} if parts > 1 else set()
+        counts: list[int] = []
+        trained = frozen = whole_frozen = layer = layer_trained = whole_trained = 0
+        for parameter, times in skeleton.parameters():
+            share = parts if id(parameter) in inside else 1
+            # on meta what is trained may still be in 16 bits; it becomes float32
+            size = 4 * parameter.numel() if parameter.requires_grad else _bytes(parameter)
+            if parameter.requires_grad:
+                counts += [-(-parameter.numel() // share)] * times
+                trained += times * -(-size // share)
+                whole_trained += times * size
+                layer_trained += times * size if share > 1 else 0
+            else:
+                frozen += times * -(-size // share)
+                whole_frozen += times * size
+            layer += times * size if share > 1 else 0
+        full = shape.method == "full"
+        return cls(
+            counts=counts,
+            trained=trained,
+            weights=frozen + (trained if full else 0),
+            whole_weights=whole_frozen + (whole_trained if full else 0),
+            layer=layer // max(skeleton.layers, 1),
+            layer_trained=layer_trained // max(skeleton.layers, 1),
+            whole_trained=whole_trained,
+            processes=shape.processes,
+        )
+
+    def exchanged(self, moving: dict[str, int]) -> dict[str, int]:
+        """What comes and goes, with what processes need to exchange it."""
+        found = dict(moving)
+        if self.processes == 1 or not found["gradients"]:
+            # an evaluation gathers layers too
+            found["workspace"] += _GATHERED * self.layer if found["activations"] else 0
+            return found
+        if self.layer:
+            # the part of the sum and what the optimizer is given; one layer's on their way
+            found["gradients"] = 2 * self.trained + _GATHERED * self.layer_trained
+            found["workspace"] += _GATHERED * self.layer
+        else:
+            found["gradients"] += self.whole_trained // self.processes
+        return found
 
 
 def _largest_source(model: nn.Module, shape: TrainingShape) -> int:

@@ -45,6 +45,8 @@ class TrainingShape:
         prompt: the trained prompt, where there is one.
         optim: the optimizer.
         kernels: whose serve: those of csrc/ where there are some, Triton's, or none of ours.
+        processes: how many train together; what is planned is one of them.
+        divided: whether each of them holds only a part of the decoder layers.
     """
 
     method: Method
@@ -60,6 +62,13 @@ class TrainingShape:
     prompt: PromptSettings = PromptSettings()
     optim: OptimConfig = OptimConfig()
     kernels: Kernels = "cpu"
+    processes: int = 1
+    divided: bool = False
+
+    @property
+    def own_grad_accum(self) -> int:
+        """Micro-batches of a step that one process computes at most."""
+        return -(-self.grad_accum // self.processes)
 
     @property
     def positions(self) -> int:

@@ -163,7 +163,7 @@ def observed(model: nn.Module, shape: TrainingShape, recompute: int) -> Moments:
 
     with SCRATCH.aside(), ledger, _marked(base, ledger):
         step("first step")
-        if shape.grad_accum > 1:
+        if shape.own_grad_accum > 1:
             step("later step")
         else:
             _repeat(found, "first step", "later step")

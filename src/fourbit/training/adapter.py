@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourbit import files
+from fourbit.distributed import ALONE, Ranks, assign_, is_shard, whole
 from fourbit.errors import ModelError, VerificationFailed
 from fourbit.integrations.peft import add_adapter, lora_layers, planned_targets
 from fourbit.integrations.prompts import prompt_state, prompted
@@ -54,7 +55,10 @@ def inject(model: PreTrainedModel, settings: LoraSettings, *, seed: int, base: s
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors a checkpoint must hold, under PEFT's file names where PEFT is used."""
+    """The tensors a checkpoint must hold, under PEFT's file names where PEFT is used.
+
+    Of divided parameters they are divided too.
+    """
     if _kept_by_peft(model):
         return get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -73,6 +77,7 @@ def restore_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ModelError: names or shapes differ from the model's.
     """
     own = trainable_state(model)
+    divided = any(is_shard(tensor) for tensor in own.values())
     wrong = sorted(own.keys() ^ state.keys())
     wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if wrong:
@@ -82,26 +87,37 @@ def restore_trainable(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             what=f"{len(wrong)} tensors do not fit the model, first: {wrong[0]}",
             fix="resume with the configuration the run began with",
         )
-    if _kept_by_peft(model):
+    if _kept_by_peft(model) and not divided:
         set_peft_model_state_dict(model, dict(state))
         return
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        assign_(tensor, state[name])
 
 
-def save_adapter(model: nn.Module, folder: Path, *, save_dtype: torch.dtype, card: str) -> None:
+def save_adapter(
+    model: nn.Module, folder: Path, *, save_dtype: torch.dtype, card: str, ranks: Ranks = ALONE
+) -> None:
     """Writes the PEFT folder (or, for full fine-tuning, the model folder) and swaps it in.
+
+    Of several processes, all of which give their parts, the first one writes.
 
     Raises:
         EnvironmentFault: the disk is full or cannot be written; the old folder stays.
     """
+    if isinstance(model, PeftModel):
+        kept = prompt_state(model) or trainable_state(model)
+    else:
+        kept = model.state_dict()
+    state = {name: _for_file(tensor, save_dtype, ranks) for name, tensor in kept.items()}
+    if not ranks.first:
+        return
     staging = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:
         staging.mkdir(parents=True)
         if isinstance(model, PeftModel):
-            _write_peft(model, staging, save_dtype)
+            _write_peft(model, staging, state)
         else:
-            _write_model(model, staging, save_dtype)
+            _write_model(model, staging, state, save_dtype)
         files.replace_file(staging / "README.md", card.encode())
         _swap(staging, folder)
     except OSError as error:
@@ -110,9 +126,14 @@ def save_adapter(model: nn.Module, folder: Path, *, save_dtype: torch.dtype, car
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_peft(model: PeftModel, folder: Path, save_dtype: torch.dtype) -> None:
-    kept = prompt_state(model) or trainable_state(model)
-    state = {n: t.detach().to("cpu", save_dtype).contiguous() for n, t in kept.items()}
+def _for_file(tensor: Tensor, save_dtype: torch.dtype, ranks: Ranks) -> Tensor:
+    tensor = whole(tensor).detach()
+    if not ranks.first:
+        return tensor.new_empty(0)
+    return tensor.to("cpu", save_dtype if tensor.is_floating_point() else None).contiguous()
+
+
+def _write_peft(model: PeftModel, folder: Path, state: dict[str, Tensor]) -> None:
     save_file(state, folder / ADAPTER_FILE, metadata={"format": "pt"})
     config = model.peft_config["default"].to_dict()
     config["inference_mode"] = True
@@ -121,12 +142,10 @@ def _write_peft(model: PeftModel, folder: Path, save_dtype: torch.dtype) -> None
     files.replace_file(folder / "adapter_config.json", text.encode())
 
 
-def _write_model(model: nn.Module, folder: Path, save_dtype: torch.dtype) -> None:
+def _write_model(
+    model: nn.Module, folder: Path, state: dict[str, Tensor], save_dtype: torch.dtype
+) -> None:
     assert isinstance(model, PreTrainedModel)
-    state = {
-        name: t.detach().to("cpu", save_dtype) if t.is_floating_point() else t.detach().cpu()
-        for name, t in model.state_dict().items()
-    }
     previous = model.config.dtype
     model.config.dtype = save_dtype
     model.save_pretrained(folder, state_dict=state)

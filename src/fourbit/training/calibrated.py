@@ -13,15 +13,15 @@ from fourbit.training.child import run_command
 from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
 
-FOLDER = "base"
+BASE = "base"
 _TOKENS = "calibration.npy"
 _LEAST = 1024
 
 
 def calibrated_base(
     config: TrainConfig, ids: NDArray[np.int32], run: Path, say: Reporter, *, revision: str | None
-) -> Path:
-    """The folder of the calibrated model, which is made unless it is there.
+) -> None:
+    """Makes the folder of the calibrated model unless it is there.
 
     In a process of its own: the memory of quantizing is not the run's, and an interrupted one goes
     on where it stopped.
@@ -37,10 +37,10 @@ def calibrated_base(
         InputError: too little text.
         FourbitError: as `fourbit.quantizing.quantize_checkpoint`.
     """
-    base, quant = run / FOLDER, config.quant
+    base, quant = run / BASE, config.quant
     if (base / "config.json").is_file():
         say.line(f"the base is {base}, calibrated before")
-        return base
+        return
     text = Path(str(quant.calibrate))
     own = quant.calibrate == "data"
     if own:
@@ -69,4 +69,3 @@ def calibrated_base(
         f" {found['loss_held_out_before']:.4f} -> {found['loss_held_out_after']:.4f};"
         f" {human_bytes(told['bytes_out'])} in {base}"
     )
-    return base

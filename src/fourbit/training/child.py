@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 from fourbit.errors import FourbitError, Interrupted, Preempted
 
+_TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 _STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)
 
 
@@ -29,7 +31,9 @@ def run_command(*words: object, where: str) -> dict[str, Any]:
         Interrupted, Preempted: it was stopped, or we were, which stops it.
     """
     command = [sys.executable, "-m", "fourbit", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    # it is none of the processes that torchrun started
+    alone = {name: value for name, value in os.environ.items() if name not in _TORCHRUN}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) as child:
         try:
             out, _ = child.communicate()
         except BaseException:

@@ -100,7 +100,9 @@ class TrainConfig(Settings):
         default=False, description="run the model repository's own code"
     )
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
-        default="auto", description="one process; more are not built yet"
+        default="auto",
+        description="under torchrun: ddp holds the base whole in every process, fsdp divides its"
+        " layers, auto takes ddp where that fits",
     )
     eval_every: int = Field(default=50, ge=0, description="steps between evaluations; 0: ends only")
     save_every: int = Field(
@@ -141,7 +143,12 @@ class TrainConfig(Settings):
         return None if self.budget is None else parse_size(self.budget, where="budget")
 
     def shape(
-        self, *, dtype: torch.dtype, length: int | None = None, kernels: Kernels = "cpu"
+        self,
+        *,
+        dtype: torch.dtype,
+        length: int | None = None,
+        kernels: Kernels = "cpu",
+        processes: int = 1,
     ) -> TrainingShape:
         """What decides the run's memory.
 
@@ -149,6 +156,7 @@ class TrainConfig(Settings):
             dtype: of activations.
             length: of the longest sequence; None takes ``data.max_length``.
             kernels: see `TrainingShape`.
+            processes: how many train together.
         """
         longest = self.data.max_length if length is None or self.data.packing else length
         return TrainingShape(
@@ -165,6 +173,8 @@ class TrainConfig(Settings):
             prompt=self.prompt,
             optim=self.optim,
             kernels=kernels,
+            processes=processes,
+            divided=processes > 1 and self.parallel == "fsdp",
         )
 
     @field_validator("budget")
@@ -175,13 +185,6 @@ class TrainConfig(Settings):
                 parse_size(value, where="budget")
             except InputError as error:
                 raise ValueError(f"{error.what}; {error.fix}") from None
-        return value
-
-    @field_validator("parallel")
-    @classmethod
-    def _single_process(cls, value: str) -> str:
-        if value != "auto":
-            raise ValueError(f"parallel: {value} is not built yet; use auto (one process)")
         return value
 
     @field_validator("resume")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fourbit import device as devices
 from fourbit.data import Batch, BatchPlan, Dataset, collate
+from fourbit.distributed import is_shard, local, shard_of, whole, whole_of
 from fourbit.errors import EnvironmentFault, NumericStop
 from fourbit.files import human_bytes
 from fourbit.fused import paths
@@ -28,6 +29,7 @@ from fourbit.ops import dropout_after
 from fourbit.optim import AdamW, lr_factors
 from fourbit.receipt import Watch
 from fourbit.training.config import TrainConfig
+from fourbit.training.exchange import Exchange
 
 _MAX_NONFINITE = 3
 _MIN_SCALE = 1.0
@@ -165,6 +167,7 @@ class TrainLoop:
         pad_id: token id that fills sequences; it carries no loss.
 
     Attributes:
+        exchange: deals micro-batches to the processes, where there are several.
         note: is told, in a line, what was done when memory ran out.
         peak: highest memory in bytes of all that was done between two steps; None where unknown.
     """
@@ -190,6 +193,7 @@ class TrainLoop:
         self.total_steps = self.plan.total()
         self.state = LoopState()
         self.parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        self.exchange = Exchange(self.parameters)
         self._lr_factor = lr_factors(config.optim, total_steps=self.total_steps)
         fp16 = objective.base.dtype == torch.float16 or objective.autocast_dtype == torch.float16
         self.scaler = torch.amp.GradScaler(objective.device.type, enabled=fp16)
@@ -223,7 +227,8 @@ class TrainLoop:
         devices.reset_peak_memory(self.objective.device)
         self._surviving("rehearsal", [batch], self.optimizer.reserve)
         # the second micro-batch of a step runs beside the gradients of the first
-        self._backward(0, [batch] * min(2, self.config.grad_accum), batch.num_supervised)
+        count = min(2 * self.exchange.ranks.size, self.config.grad_accum)
+        self._backward(0, [batch] * count, batch.num_supervised)
         self.optimizer.zero_grad(set_to_none=True)
         self.objective.model.eval()
         with torch.no_grad():
@@ -296,19 +301,34 @@ class TrainLoop:
             That mean, and the norm of the gradients before they were clipped.
         """
 
-        def gradients() -> tuple[float, float]:
-            self.optimizer.zero_grad(set_to_none=True)
-            total = 0.0
-            for index, batch in enumerate(batches):
-                for before, part in self._parts(batch):
-                    torch.manual_seed(_mix(self.config.seed, step, index))
-                    with dropout_after(before):
-                        loss_sum = self.objective.loss_sum(part)
-                        self.scaler.scale(loss_sum / max(supervised, 1)).backward()
-                    total += float(loss_sum.detach())
-            return total / max(supervised, 1), self._clip()
+        def micro_batch(index: int) -> float:
+            found = 0.0
+            for before, part in self._parts(batches[index]):
+                torch.manual_seed(_mix(self.config.seed, step, index))
+                with dropout_after(before):
+                    loss_sum = self.objective.loss_sum(part)
+                    self.scaler.scale(loss_sum / max(supervised, 1)).backward()
+                found += float(loss_sum.detach())
+            return found
 
         where = f"step {step}" if step else "rehearsal"
+        self.exchange.ranks.phase(where)
+
+        def survived(index: int) -> float:
+            # of several processes only this one ran out of memory; the others wait for it
+            return self._surviving(where, [batches[index]], partial(micro_batch, index))
+
+        def gradients() -> tuple[float, float]:
+            self.optimizer.zero_grad(set_to_none=True)
+            alone = self.exchange.ranks.alone
+            compute = micro_batch if alone else survived
+            total = 0.0
+            for loss in self.exchange.gradients(len(batches), compute):
+                total += loss
+            return total / max(supervised, 1), self._clip()
+
+        if not self.exchange.ranks.alone:
+            return gradients()
         return self._surviving(where, batches, gradients)
 
     def _parts(self, batch: Batch) -> Iterator[tuple[int, Batch]]:
@@ -327,6 +347,8 @@ class TrainLoop:
             except (MemoryError, RuntimeError, OSError) as error:
                 if not devices.is_out_of_memory(error):
                     raise
+                if self.exchange.divided:
+                    raise _unsplittable(where) from error
             # Here, and not in the handler: what it handles holds the activations.
             self._make_room(where, batches)
 
@@ -370,7 +392,15 @@ class TrainLoop:
     def _clip(self) -> float:
         self.scaler.unscale_(self.optimizer)
         limit = self.config.optim.max_grad_norm or math.inf
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not self.exchange.divided:
+            return float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        # one whole gradient after another, so that the norm is the same as in one process
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norms = [torch.linalg.vector_norm(whole(grad)) for grad in grads]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        parts = [_with_own_gradient(p) for p in self.parameters if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(parts, limit, norm)
+        return float(norm)
 
     def _update(self, step: int, loss: float, grad_norm: float, batches: list[Batch]) -> bool:
         self.last_rows = [str(row) for batch in batches for row in batch.rows]
@@ -434,13 +464,21 @@ class TrainLoop:
         """Mean loss per supervised token; None when ``stop`` asked to break off."""
         model = self.objective.model
         model.eval()
-        total, supervised = 0.0, 0
-        for micro in batches.epoch(0):
-            if stop():
-                return None
-            batch = self._collate(dataset, micro)
-            total += self._surviving("evaluation", [batch], partial(self._loss_sum, batch))
-            supervised += batch.num_supervised
+        micro = batches.epoch(0)
+
+        def compute(index: int) -> float:
+            batch = self._collate(dataset, micro[index])
+            return self._surviving("evaluation", [batch], partial(self._loss_sum, batch))
+
+        losses = self.exchange.losses(len(micro), compute, stop=stop)
+        if losses is None:
+            return None
+        total = 0.0
+        for loss in losses:
+            total += loss
+        # a sample's first token is nobody's successor
+        indices = (index for packs in micro for pack in packs for index in pack)
+        supervised = sum(int(dataset[index].supervised[1:].sum()) for index in indices)
         return total / max(supervised, 1)
 
     def _loss_sum(self, batch: Batch) -> float:
@@ -459,7 +497,14 @@ class TrainLoop:
         by_name = dict(self.objective.model.named_parameters())
         for name, found in parts.items():
             state = {part: tensors[f"{name}.{part}"] for part in found}
-            self.optimizer.restore(by_name[name], state)
+            parameter = by_name[name]
+            if is_shard(parameter):
+                state |= {
+                    part: shard_of(parameter, value)
+                    for part, value in state.items()
+                    if value.shape == parameter.shape
+                }
+            self.optimizer.restore(parameter, state)
 
 
 class _Moments(Mapping[str, Tensor]):
@@ -480,6 +525,8 @@ class _Moments(Mapping[str, Tensor]):
         if self._last is None or self._last[0] is not parameter:
             self._last = parameter, self._optimizer.state_of(parameter)
         value = self._last[1][part]
+        if value.shape == local(parameter).shape:
+            value = whole_of(parameter, value)
         return value.reshape(-1) if value.dim() == 0 else value
 
     def __iter__(self) -> Iterator[str]:
@@ -487,6 +534,26 @@ class _Moments(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._owners)
+
+
+def _with_own_gradient(parameter: Tensor) -> Tensor:
+    """The parameter, of a divided one this process's part with its part of the gradient."""
+    if not is_shard(parameter):
+        return parameter
+    assert parameter.grad is not None
+    part = local(parameter)
+    part.grad = local(parameter.grad)
+    return part
+
+
+def _unsplittable(where: str) -> EnvironmentFault:
+    return EnvironmentFault(
+        "out-of-memory",
+        where=where,
+        what="memory ran out, and micro-batches of divided layers are not split",
+        fix="lower batch_size or data.max_length, or set gradient_checkpointing: all; checkpoints"
+        " are intact: --resume auto goes on",
+    )
 
 
 def _mix(seed: int, step: int, index: int) -> int:

@@ -49,6 +49,10 @@ class Reporter:
             self.log("warning: " + text)
         self.console.print(f"[yellow]warning:[/yellow] {escape(text)}")
 
+    def warn_alone(self, text: str) -> None:
+        """A warning that concerns one of several processes only."""
+        self.warn(text)
+
     @contextmanager
     def task(self, title: str, *, total: int, start: int = 0) -> Iterator[Advance]:
         """A bar with elapsed and remaining time; plain lines when stderr is no terminal."""
@@ -86,6 +90,25 @@ class Reporter:
             self.line(f"{text}  {note}".rstrip())
 
         return advance
+
+
+class Silent(Reporter):
+    """Says nothing: another process of the same run speaks for all.
+
+    Args:
+        rank: number of this process, which what it alone has to tell begins with.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(quiet=True)
+        self._rank = rank
+
+    def warn(self, text: str) -> None:
+        """Nothing."""
+
+    def warn_alone(self, text: str) -> None:
+        """What concerns this process only."""
+        super().warn(f"rank {self._rank}: {text}")
 
 
 def _clock(seconds: float) -> str:

@@ -10,13 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fourbit import __version__, arena, checkpoint, planning
 from fourbit import device as devices
 from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
-from fourbit.errors import EnvironmentFault, FourbitError, InputError, Interrupted, Preempted
+from fourbit.distributed import Ranks, is_shard, joined, restarts, whole
+from fourbit.errors import (
+    EnvironmentFault,
+    FourbitError,
+    InputError,
+    Interrupted,
+    Preempted,
+    VerificationFailed,
+)
 from fourbit.files import human_bytes
 from fourbit.generate import Generator, Sampling, pad_id
 from fourbit.integrations.transformers import enable_checkpointing
@@ -32,8 +40,8 @@ from fourbit.loading import (
 from fourbit.methods import quantized_base, trains_prompt
 from fourbit.objective import Objective, mixed_precision
 from fourbit.optim import build_optimizer
-from fourbit.receipt import Receipt, Watch, read_receipt
-from fourbit.rundir import RunDir
+from fourbit.receipt import Check, Receipt, Watch, combined_digest, read_receipt, tensor_digest
+from fourbit.rundir import RunDir, UnwrittenRunDir
 from fourbit.settings import Resolved, dump_settings, replaced
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training import reporting
@@ -46,13 +54,15 @@ from fourbit.training.adapter import (
     save_adapter,
     trainable_state,
 )
-from fourbit.training.calibrated import calibrated_base
+from fourbit.training.calibrated import BASE, calibrated_base
 from fourbit.training.card import model_card
 from fourbit.training.checkup import check_up
 from fourbit.training.config import RunQuant, TrainConfig
+from fourbit.training.exchange import Exchange
 from fourbit.training.loop import LoopState, StepResult, TrainLoop
-from fourbit.training.progress import Reporter
+from fourbit.training.progress import Reporter, Silent
 from fourbit.training.prompts import inject_prompt, settle, text_context
+from fourbit.training.sharding import Sharding
 from fourbit.training.signals import SignalGuard
 from fourbit.training.tracking import Tracker, require_tracker
 
@@ -79,6 +89,7 @@ _FREE_TO_CHANGE = {
     "early_stopping",
     "model",
     "revision",
+    "parallel",
 }
 """Settings that may differ on resume: they decide no bit of the adapter (the base is hashed)."""
 
@@ -114,6 +125,7 @@ def train(
     overwrite: bool = False,
     dry_run: bool = False,
     reporter: Reporter | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainResult:
     """Fine-tunes as configured; every durable thing lands in ``config.output``.
 
@@ -123,18 +135,33 @@ def train(
         overwrite: move an existing run aside instead of refusing.
         dry_run: stop after the plan and the data audit; nothing is written.
         reporter: receives progress.
+        ranks: the processes that train together; None joins those that torchrun started.
 
     Raises:
         FourbitError: any documented failure, with its exit code.
     """
-    run = _Run(config, dict(origins or {}), reporter or Reporter())
+    if ranks is None:
+        with joined() as ranks:
+            return train(
+                config,
+                origins=origins,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                reporter=reporter,
+                ranks=ranks,
+            )
+    origins = dict(origins or {})
+    if restarts() and config.resume == "never":
+        config = config.model_copy(update={"resume": "auto"})
+        origins["resume"] = "restarted by torchrun"
+    overwrite = overwrite and not restarts()
+    run = _Run(config, origins, _reporter(ranks, reporter), ranks)
     with SignalGuard() as guard:
         run.guard = guard
         if dry_run:
             run.prepare()
             return run.result(None, dry_run=True)
-        resume = config.resume != "never"
-        with RunDir.open(Path(config.output), resume=resume, overwrite=overwrite) as folder:
+        with _open_folder(config, overwrite, ranks) as folder:
             run.open(folder)
             try:
                 return run.execute()
@@ -153,6 +180,17 @@ def train(
                 folder.log(known.line())
                 run.check_up()
                 raise known from error
+
+
+def _reporter(ranks: Ranks, reporter: Reporter | None) -> Reporter:
+    return reporter or Reporter() if ranks.first else Silent(ranks.rank)
+
+
+def _open_folder(config: TrainConfig, overwrite: bool, ranks: Ranks) -> RunDir:
+    if not ranks.first:
+        return UnwrittenRunDir(Path(config.output))
+    resume = config.resume != "never"
+    return RunDir.open(Path(config.output), resume=resume, overwrite=overwrite)
 
 
 def _out_of_memory(error: BaseException, where: str) -> EnvironmentFault:
@@ -196,8 +234,11 @@ class _Run:
     watch: Watch
     tracker: Tracker
 
-    def __init__(self, config: TrainConfig, origins: dict[str, str], reporter: Reporter) -> None:
-        self.config, self.origins, self.say = config, origins, reporter
+    def __init__(
+        self, config: TrainConfig, origins: dict[str, str], reporter: Reporter, ranks: Ranks
+    ) -> None:
+        self.config, self.origins, self.say, self.ranks = config, origins, reporter, ranks
+        self.sharding: Sharding | None = None
         self.save_failures = 0
         self.gave_way: dict[str, Any] = {}
         self.rehearsed: int | None = None
@@ -208,8 +249,10 @@ class _Run:
         """Takes the run directory."""
         self.folder = folder
         self.say.log = folder.log
+        self.ranks.tell(folder.log)
         if self.config.resume != "never":
-            self.gave_way = reporting.gave_way(folder)
+            found = reporting.gave_way(folder) if self.ranks.first else {}
+            self.gave_way = self.ranks.shared(found)
 
     def execute(self) -> TrainResult:
         """All phases."""
@@ -224,9 +267,9 @@ class _Run:
             self.folder.truncate_metrics(-1)
             self.rehearse()
             self.before()
-        elif self.finished():
+        elif self.ranks.shared(self.finished()):
             self.say.line("this run is already finished; nothing to do")
-            return self.result(self.stored_receipt())
+            return self.result(self.stored_receipt() if self.ranks.first else None)
         self.fit()
         receipt = self.conclude()
         result = self.result(receipt)
@@ -237,6 +280,8 @@ class _Run:
 
     def check_up(self) -> None:
         """Says what went wrong, where the run's own records show it."""
+        if not self.ranks.first:
+            return
         try:
             found = check_up(self.folder.path)
         except FourbitError as error:  # what ended the run matters more than what can be read of it
@@ -262,6 +307,8 @@ class _Run:
 
     def prepare(self) -> None:
         """Data, model files, tokens and the plan."""
+        self.ranks.phase("reading data and settings")
+        self._require_same_settings()
         require_tracker(self.config.report_to)
         if self.config.data.train is None:
             raise InputError(
@@ -273,6 +320,7 @@ class _Run:
         self._settle()
         device = devices.default_device()
         self.dtype = devices.resolve_precision(self.config.precision, device)
+        self._require_divisible()
         rows = read_rows(self.config.data)
         self.source = resolve_source(self.config.model, revision=self.config.revision)
         trust = self.config.trust_remote_code
@@ -282,7 +330,39 @@ class _Run:
         self.context = text_context(self.config, self.model_config)
         self._cap_length()
         self._tokenize(rows)
+        self.ranks.require_same(
+            {"the fingerprint of the data": self.data.fingerprint},
+            fix="give every host the same files",
+        )
         self._plan(device)
+
+    def _require_divisible(self) -> None:
+        """Divided layers exclude what would need whole tensors, or another reduction.
+
+        Raises:
+            InputError: naming the setting.
+        """
+        if not self.divides:
+            return
+        wrong = {
+            "optim.optim_bits: 8 scales blocks of whole tensors": self.config.optim.optim_bits == 8,
+            "precision: fp16 needs one scaler for all parts": self.dtype == torch.float16,
+        }
+        for what in (what for what, is_so in wrong.items() if is_so):
+            raise InputError(
+                "not-divisible",
+                where="parallel",
+                what=f"fsdp divides tensors, and {what}",
+                fix="use optim_bits: 32 and precision: bf16 or fp32, or parallel: ddp",
+            )
+
+    def _require_same_settings(self) -> None:
+        """Ranks may read their configuration from different disks."""
+        settings = reporting.flatten(self.config.model_dump(mode="json"))
+        self.ranks.require_same(
+            {f"setting {key}": value for key, value in settings.items()},
+            fix="start every process with the same configuration",
+        )
 
     def _settle(self) -> None:
         self.config, notes = settle(self.config)
@@ -322,8 +402,12 @@ class _Run:
         if self.config.quant.calibrate is None:
             return
         original = self.source.name
-        ids, revision = self.data.train.ids, self.source.revision
-        base = calibrated_base(self.config, ids, self.folder.path, self.say, revision=revision)
+        self.ranks.phase("calibrating the base")
+        ids, base = self.data.train.ids, self.folder.path / BASE
+        if self.ranks.first:
+            revision = self.source.revision
+            calibrated_base(self.config, ids, self.folder.path, self.say, revision=revision)
+        self.ranks.shared(None)  # the others wait for it
         quant = self.config.quant.model_copy(update={"calibrate": None})
         self.config = self.config.model_copy(
             update={"model": str(base), "revision": None, "quant": quant}
@@ -370,9 +454,17 @@ class _Run:
         )
 
     def _plan(self, device: torch.device) -> None:
-        self.room = planning.Room.here(device, budget=self.config.budget_bytes)
+        here = planning.Room.here(
+            device, budget=self.config.budget_bytes, processes=self.ranks.here
+        )
+        # all have to come to the same plan
+        rooms = self.ranks.gather([here.available, here.baseline])
+        known = [available for available, _ in rooms if available is not None]
+        least = min(known) if len(known) == len(rooms) else None
+        self.room = replace(here, available=least, baseline=max(base for _, base in rooms))
         if self.config.budget is None:
             self.plan = planning.plan_training(self.model_config, self._shape(), self.room)
+            self._choose_parallel()
         else:
             # what is resumed keeps the batches it began with
             self.config = replaced(self.config, self.gave_way)
@@ -381,11 +473,25 @@ class _Run:
         for text in self.plan.lines():
             self.say.line(text)
 
-    def _shape(self) -> planning.TrainingShape:
-        return self.config.shape(
+    def _choose_parallel(self) -> None:
+        """Divides the layers where the whole base does not fit into each process."""
+        possible = self.config.optim.optim_bits == 32 and self.dtype != torch.float16
+        if self.ranks.alone or self.config.parallel != "auto":
+            return
+        if self.plan.fits is False and possible:
+            divided = self.config.model_copy(update={"parallel": "fsdp"})
+            plan = planning.plan_training(self.model_config, self._shape(divided), self.room)
+            if plan.fits:
+                self.config, self.plan = divided, plan
+                self.origins["parallel"] = "the plan"
+                self.say.line("parallel: fsdp, as the whole base does not fit into each process")
+
+    def _shape(self, config: TrainConfig | None = None) -> planning.TrainingShape:
+        return (config or self.config).shape(
             dtype=self.dtype,
             length=int(self.data.train.lengths.max()),
             kernels=planning.kernels_of(devices.default_device()),
+            processes=self.ranks.size,
         )
 
     def _give_way(self, settings: Mapping[str, Any]) -> None:
@@ -401,12 +507,15 @@ class _Run:
     def load(self) -> None:
         """Weights, adapters, optimizer, and the proofs that need a loaded model."""
         config = self.config
+        self.ranks.phase("loading the model")
         self.say.line(f"loading {self.source.name} ({self.source.kind})")
         began = time.perf_counter()
         full = config.method == "full"
         options = LoadOptions(
             quant=config.quant if quantized_base(config.method) else None,
             dtype=torch.float32 if full else self.dtype,
+            # what is divided need not fit where it is used before it is
+            device=torch.device("cpu") if self.divides else None,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
@@ -428,7 +537,25 @@ class _Run:
             self.model = self._injected(base)
         trainable, total = parameter_counts(self.model)
         self.say.line(f"trainable: {trainable:,} of {total:,} parameters")
+        if self.divides:
+            self._divide()
         self._assemble()
+
+    @property
+    def divides(self) -> bool:
+        """Whether each process holds only a part of the layers."""
+        return self.config.parallel == "fsdp" and not self.ranks.alone
+
+    def _divide(self) -> None:
+        self.sharding = sharding = Sharding(self.model, self.ranks, devices.default_device())
+        devices.release_memory()
+        own, every = sharding.own_bytes, sharding.all_bytes
+        rest = sum(p.nbytes for p in self.model.parameters() if not is_shard(p))
+        self.say.line(
+            f"divided: {human_bytes(own)} of {human_bytes(every)} of the layers in each of"
+            f" {self.ranks.size} processes ({own / every:.1%}); {human_bytes(rest)} of embeddings,"
+            " norm and head in every one"
+        )
 
     def _injected(self, base: PreTrainedModel) -> nn.Module:
         config = self.config
@@ -455,9 +582,15 @@ class _Run:
             (p for p in self.model.parameters() if p.requires_grad),
             config.optim,
             paged="always" if self.plan.paged else config.optim.paged,
-            folder=self.folder.path,
+            folder=self.folder.path if self.folder.path.is_dir() else None,
         )
-        self.watch = Watch(self.model, optimizer, where=config.output)
+        self.ranks.phase("hashing the base")
+        self.watch = Watch(self.model, optimizer, where=config.output, ranks=self.ranks)
+        self.ranks.require_same(
+            {"the SHA-256 of the base": combined_digest(self.watch.base_before)},
+            fix="give every host the same model files; on unlike processors take a model that"
+            " is quantized already (fourbit quantize)",
+        )
         # which has read the whole table of words, of which a step needs the few that occur
         words, head = base.get_input_embeddings(), base.get_output_embeddings()
         if isinstance(words, nn.Embedding) and words.weight is not getattr(head, "weight", None):
@@ -471,9 +604,16 @@ class _Run:
             watch=self.watch,
             pad_id=pad,
         )
-        self.loop.note = self.say.warn
+        self.loop.exchange = Exchange(self.loop.parameters, self.ranks, self.sharding)
+        self.loop.note = self.say.warn_alone
+        if config.grad_accum < self.ranks.size:
+            self.say.warn(
+                f"{self.ranks.size} processes share {config.grad_accum} micro-batches a step:"
+                f" {self.ranks.size - config.grad_accum} have nothing to do; raise grad_accum and"
+                " lower batch_size"
+            )
         self.tracker = Tracker(
-            config.report_to,
+            config.report_to if self.ranks.first else "none",
             folder=self.folder.path,
             config=config.model_dump(mode="json"),
             warn=self.say.warn,
@@ -500,6 +640,17 @@ class _Run:
         """Continues from a checkpoint; False when there is none to continue from."""
         if self.config.resume == "never":
             return False
+        self.ranks.phase("resuming")
+        saved = self._newest() if self.ranks.first else None
+        step = self.ranks.shared(None if saved is None else saved.step)
+        if step is None:
+            return False
+        self._restore(saved)
+        dropped = self.folder.truncate_metrics(step)
+        self.say.line(f"resumed at step {step} ({dropped} later lines of metrics dropped)")
+        return True
+
+    def _newest(self) -> checkpoint.Checkpoint | None:
         folder = self.folder.checkpoints_dir
         checkpoint.clean_staging(folder)
         if self.config.resume == "auto":
@@ -510,7 +661,7 @@ class _Run:
             path = checkpoint.at_step(folder, step=int(self.config.resume))
         if path is None:
             self.say.line("no checkpoint to resume from: starting at step 0")
-            return False
+            return None
         saved = checkpoint.load(path, lazily={OPTIMIZER_FILE})
         warnings = checkpoint.require_same_identity(
             saved.identity, self.identity(), warn_only=_WARN_ONLY, where=str(path)
@@ -518,50 +669,85 @@ class _Run:
         for text in warnings:
             self.say.warn(text)
         checkpoint.set_aside_after(folder, step=saved.step)
-        self._restore(saved)
-        dropped = self.folder.truncate_metrics(saved.step)
-        self.say.line(f"resumed at step {saved.step} ({dropped} later lines of metrics dropped)")
-        return True
+        return saved
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        restore_trainable(self.model, saved.tensors[ADAPTER_FILE])
-        self.loop.restore_optimizer(saved.tensors[OPTIMIZER_FILE])
-        self.loop.state = LoopState.from_dict(saved.documents["state.json"])
+    def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
+        """Takes over what the first process has read; the others may not see its disk."""
+        documents = self.ranks.shared(None if saved is None else saved.documents)
+        self._restore_adapter(saved)
+        moments = None if saved is None else saved.tensors[OPTIMIZER_FILE]
+        self.loop.restore_optimizer(self.ranks.shared_tensors(moments))
+        self.loop.state = LoopState.from_dict(documents["state.json"])
         if self.loop.state.recompute:
             self.objective.recompute_activations()
-        self.loop.scaler.load_state_dict(saved.documents["scaler.json"])
-        self.watch.restore(saved.documents["evidence.json"])
+        self.loop.scaler.load_state_dict(documents["scaler.json"])
+        self.watch.restore(documents["evidence.json"])
+
+    def _restore_adapter(self, saved: checkpoint.Checkpoint | None) -> None:
+        adapter = self.ranks.shared_tensors(None if saved is None else saved.tensors[ADAPTER_FILE])
+        restore_trainable(self.model, dict(adapter.items()))
 
     def save(self) -> bool:
         """A checkpoint of this moment; a full disk does not end the run."""
         state = self.loop.state
+        self.ranks.phase(f"saving step {state.step}")
+        adapter = {name: whole(t) for name, t in trainable_state(self.model).items()}
+        self._require_same_adapter(adapter)
+        failure: EnvironmentFault | None = None
+        with self.ranks.asking(self.loop.optimizer_state(), divided=self.divides) as moments:
+            if self.ranks.first:
+                failure = self._write_checkpoint(adapter, moments)
+        told = self.ranks.shared(None if failure is None else failure.as_dict())
+        if told is not None:
+            self.save_failures += 1
+            self.say.warn(f"checkpoint at step {state.step} not saved: {told['what']}")
+            if self.save_failures >= _SAVE_FAILURES:
+                raise failure or EnvironmentFault(**told)
+            return False
+        self.save_failures = 0
+        if self.ranks.first:
+            protect = {state.best_step} if self.config.keep_best and state.best_step else set()
+            checkpoint.retain(
+                self.folder.checkpoints_dir, limit=self.config.save_total_limit, protect=protect
+            )
+        return True
+
+    def _write_checkpoint(
+        self, adapter: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    ) -> EnvironmentFault | None:
+        """Writes and gives its name to what was written; the fault of the disk, if any."""
         try:
             checkpoint.save(
                 self.folder.checkpoints_dir,
-                step=state.step,
-                tensors={
-                    ADAPTER_FILE: trainable_state(self.model),
-                    OPTIMIZER_FILE: self.loop.optimizer_state(),
-                },
+                step=self.loop.state.step,
+                tensors={ADAPTER_FILE: adapter, OPTIMIZER_FILE: moments},
                 documents={
-                    "state.json": state.as_dict(),
+                    "state.json": self.loop.state.as_dict(),
                     "scaler.json": self.loop.scaler.state_dict(),
                     "evidence.json": self.watch.state(),
                 },
                 identity=self.identity(),
+                agree=self.ranks.require_all_there,
             )
         except EnvironmentFault as error:
-            self.save_failures += 1
-            self.say.warn(f"checkpoint at step {state.step} not saved: {error.what}")
-            if self.save_failures >= _SAVE_FAILURES:
-                raise
-            return False
-        self.save_failures = 0
-        protect = {state.best_step} if self.config.keep_best and state.best_step else set()
-        checkpoint.retain(
-            self.folder.checkpoints_dir, limit=self.config.save_total_limit, protect=protect
-        )
-        return True
+            return error
+        return None
+
+    def _require_same_adapter(self, adapter: Mapping[str, Tensor]) -> None:
+        """What every process has trained is the same, or one of them computes wrongly."""
+        if self.ranks.alone:
+            return
+        digests = {name: tensor_digest(tensor) for name, tensor in adapter.items()}
+        everybody = self.ranks.gather(combined_digest(digests))
+        for rank, theirs in enumerate(everybody):
+            if theirs != everybody[0]:
+                raise VerificationFailed(
+                    "ranks-diverged",
+                    where=f"rank {rank}, step {self.loop.state.step}",
+                    what="its adapter is not that of rank 0",
+                    fix="check that host's memory and processor; --resume auto goes on from the"
+                    " last checkpoint",
+                )
 
     # Training.
 
@@ -570,7 +756,7 @@ class _Run:
         if not self.config.rehearsal:
             return
         self.say.line("rehearsing the longest batch")
-        reached = self.rehearsed = self.loop.rehearse()
+        reached = self.rehearsed = self.ranks.highest(self.loop.rehearse() or 0) or None
         if reached is None:
             return
         planned = self.plan.peak_bytes
@@ -598,6 +784,7 @@ class _Run:
         if self.data.eval is None:
             return None
         batches = self._batches(self.data.eval, seed=0)
+        self.ranks.phase(f"evaluation after step {self.loop.state.step}")
         self.say.line(title)
         loss = self.loop.evaluate(
             self.data.eval, batches, stop=lambda: self.guard.caught is not None
@@ -609,8 +796,12 @@ class _Run:
     def _samples(self, key: str, model: nn.Module) -> list[dict[str, str]]:
         prompts = [p for e in self.data.eval_examples if (p := prompt_of(e)) is not None]
         prompts = prompts[: self.config.samples]
-        if not prompts:
+        if not prompts or not self.ranks.first:
             return []
+        if self.divides:
+            self.say.line("no samples: divided layers do not generate; see fourbit generate")
+            return []
+        self.ranks.phase("generating samples")
         generator = Generator(model, self.tokenizer, self.data.template)
         ids = [generator.prompt_ids(p.messages) for p in prompts]
         with self.objective.autocast():
@@ -694,12 +885,13 @@ class _Run:
                 improved = self._judge(loss, step)
                 stop = self._patience_is_over()
         self._record(values)
-        caught = self.guard.caught
+        caught = self.ranks.highest(self.guard.caught or 0) or None
         due = bool(config.save_every) and step % config.save_every == 0
         if (due or improved or caught is not None) and not last:
             saved = self.save()
             if caught is not None:
                 place = checkpoint.step_name(step) if saved else None
+                self.ranks.end_together()
                 raise self.guard.ending(caught, saved=place)
         return stop
 
@@ -739,10 +931,11 @@ class _Run:
         self.tracker.log({"step": step, "eval_loss": loss})
 
     def _take_best(self, step: int) -> None:
-        path = checkpoint.at_step(self.folder.checkpoints_dir, step=step)
-        restore_trainable(
-            self.model, checkpoint.load(path, lazily={OPTIMIZER_FILE}).tensors[ADAPTER_FILE]
-        )
+        saved = None
+        if self.ranks.first:
+            path = checkpoint.at_step(self.folder.checkpoints_dir, step=step)
+            saved = checkpoint.load(path, lazily={OPTIMIZER_FILE})
+        self._restore_adapter(saved)
         self.say.line(f"keeping the adapter of step {step}, the best evaluation")
 
     def _receipt(self, samples: list[dict[str, str]]) -> Receipt:
@@ -755,10 +948,13 @@ class _Run:
         }
         card = model_card(config, self.source, facts)
         save_dtype = SAVE_DTYPES[config.save_dtype]
-        save_adapter(self.model, self.folder.adapter_dir, save_dtype=save_dtype, card=card)
-        if config.method == "full":
-            self.tokenizer.save_pretrained(self.folder.adapter_dir)
-        receipt = self.watch.finish(adapter_dir=self.folder.adapter_dir, save_dtype=save_dtype)
+        self.ranks.phase("writing the adapter and the receipt")
+        place = self.folder.adapter_dir
+        save_adapter(self.model, place, save_dtype=save_dtype, card=card, ranks=self.ranks)
+        if config.method == "full" and self.ranks.first:
+            self.tokenizer.save_pretrained(place)
+        self._require_same_adapter({n: whole(t) for n, t in trainable_state(self.model).items()})
+        receipt = self.watch.finish(adapter_dir=place, save_dtype=save_dtype)
         speed = self._speed()
         receipt.facts.update(
             facts,
@@ -768,7 +964,7 @@ class _Run:
             base_revision=self.source.revision,
             data_fingerprint=self.data.fingerprint,
             save_dtype=config.save_dtype,
-            peak_memory_bytes=self.loop.peak,
+            peak_memory_bytes=self.ranks.highest(self.loop.peak or 0) or None,
             predicted_peak_bytes=self.plan.peak_bytes,
             rehearsed_peak_bytes=self.rehearsed,
             tokens_per_second=speed,
@@ -777,15 +973,44 @@ class _Run:
             optimizer=self.optimizer_facts,
             memory_events=self.loop.state.memory_events,
         )
+        self._combine(receipt)
         self.folder.write_json(reporting.SAMPLES_FILE, samples)
         self.folder.write_json(self.folder.receipt_path, receipt.as_dict())
         self._print_receipt(receipt)
+        if not self.ranks.first:
+            return receipt
         if self.loop.state.seconds > _WORTH_COMPARING:
             shape = self._shape()
             self.plan = planning.side_by_side(self.model_config, shape, self.room, self.plan)
             self._write_plan()
         reporting.write_run_report(self.folder)
         return receipt
+
+    def _combine(self, receipt: Receipt) -> None:
+        """What does not hold in one process does not hold."""
+        if self.ranks.alone:
+            return
+        own = {
+            "peak_memory_bytes": self.loop.peak,
+            "bytes_sent": self.loop.exchange.moved,
+            "layer_bytes": None if self.sharding is None else self.sharding.own_bytes,
+        }
+        everybody = self.ranks.gather({"receipt": receipt.as_dict(), "own": own})
+        receipt.checks = [Check(**check) for check in everybody[0]["receipt"]["checks"]]
+        for rank, theirs in enumerate(everybody[1:], start=1):
+            receipt.checks += [
+                Check(f"{check['name']} (rank {rank})", False, check["detail"])
+                for check in theirs["receipt"]["checks"]
+                if not check["ok"]
+            ]
+        same = len({theirs["receipt"]["base_sha256"] for theirs in everybody}) == 1
+        detail = f"{self.ranks.size} processes hold the same base and the same adapter"
+        receipt.add("ranks_agree", same, detail if same else "the bases of processes differ")
+        facts = everybody[0]["receipt"]
+        receipt.facts = {k: v for k, v in facts.items() if k not in ("ok", "checks", "findings")}
+        receipt.facts["processes"] = self.ranks.size
+        receipt.facts["parallel"] = "fsdp" if self.divides else "ddp"
+        receipt.facts["ranks"] = [theirs["own"] for theirs in everybody]
 
     def _adapter_step(self) -> int:
         state = self.loop.state
@@ -802,6 +1027,11 @@ class _Run:
             f"peak memory {human_bytes(self.loop.peak)}, planned"
             f" {human_bytes(self.plan.peak_bytes)}; {self._speed() or math.nan:.0f} tokens/s"
         )
+        for rank, one in enumerate(receipt.facts.get("ranks", ())):
+            peak, sent = (human_bytes(one[key] or 0) for key in ("peak_memory_bytes", "bytes_sent"))
+            layers = one["layer_bytes"]
+            held = f", {human_bytes(layers)} of the layers" if layers is not None else ""
+            self.say.line(f"rank {rank}: peak memory {peak}, {sent} sent{held}")
         self.say.line(f"adapter: {self.folder.adapter_dir}")
         self.say.line(f"report:  {self.folder.report_path}")
 

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 from fourbit.ops.triton import (
     adamw,
     attention,
+    decoding,
     dequantize,
     elementwise,
     loss,
@@ -83,6 +84,29 @@ def product_case(name: str, rows: int, step: int, instructions: float) -> Case:
     )  # fmt: skip
 
 
+def joint_case(rows: int, instructions: float) -> Case:
+    constants = {
+        "MEMBERS": 3, "BLOCKSIZE": 64, "DOUBLE": True, "BM": max(16, rows), "BN": 64, "BK": 64,
+        "STEPS": 16,
+    }  # fmt: skip
+    weights = "*u8 *u8 *fp32 *fp32 " * 3
+    return Case(
+        f"few rows of three, {rows}", decoding.few_rows_of,
+        f"*bf16 {weights} *fp32 *fp32 *fp32 i32 i32 i32 i32 i32", constants, 255, 64 * 64,
+        instructions, options={**EXACT, "num_stages": 3},
+    )  # fmt: skip
+
+
+def attend_case(wide: int) -> Case:
+    positions, warps = decoding.attention_tile(wide)
+    constants = {
+        "CAPPED": True, "WINDOW": True, "GROUP": 4, "HEAD": wide, "BG": 16, "BD": wide,
+        "BLOCK": positions, "STEPS": 4,
+    }  # fmt: skip
+    types = "*bf16 *bf16 *bf16 *i64 *fp32 *fp32 *fp32 i32 i32 i32 fp32 fp32 i32"
+    return Case(f"attend {wide}, part", decoding.attend_part, types, constants, 168, warps=warps)
+
+
 def attention_cases(name: str, width: int, dtype: str, capped: bool) -> list[Case]:
     found = []
     for kernel, backward, pointers, scalars, steps, more in (
@@ -121,6 +145,13 @@ CASES = [
          options=EXACT),
     product_case("few rows, 1", 1, 64, 26.0),
     product_case("few rows, 64", 64, 64, 30.0),
+    joint_case(1, 26.0),
+    joint_case(64, 30.0),
+    Case("finish", decoding.finish, "*fp32 *bf16 *bf16 *bf16 *bf16 *bf16 i32 i32 i32 i32",
+         {"PARTS": 2, "BIAS": True, "THIN": 1, "ADDED": True, "BM": 16, "BN": 128, "BR": 64}, 168),
+    *(attend_case(wide) for wide in (64, 128, 256)),
+    Case("attend, whole", decoding.attend_whole, "*fp32 *fp32 *fp32 *bf16 i32",
+         {"HEAD": 128, "BD": 128, "PARTS": 16}, 168, warps=1),
     Case("rms norm", norms.rms_forward, "*bf16 *bf16 *bf16 *fp32 i32 i32 i32 fp32 fp32",
          {"WIDTH": 4096, "BLOCK": 4096}, 96, warps=8),
     Case("rms norm, back", norms.rms_backward,
