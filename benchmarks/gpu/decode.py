@@ -67,7 +67,7 @@ def measure(spec: Spec) -> Found:
 
 def fourbit(spec: Spec, device: Any, prompt: list[int]) -> tuple[Run, str]:
     """The generator behind `fourbit generate`."""
-    from fourbit.decoding import Decoder, GraphDecoder, build_decoder
+    from fourbit.decoding import GraphDecoder, build_decoder
     from fourbit.generate import Generator, Sampling
     from gpu import build
     from shapes import tokenizer
@@ -83,10 +83,8 @@ def fourbit(spec: Spec, device: Any, prompt: list[int]) -> tuple[Run, str]:
         return generator.answers([prompt], Sampling(max_new_tokens=count))[0].tokens
 
     decoder, reason = build_decoder(model)
-    engine = (
-        reason if decoder is None else {Decoder: "native", GraphDecoder: "graph"}[type(decoder)]
-    )
-    return run, engine
+    engine = "graph" if isinstance(decoder, GraphDecoder) else "native"
+    return run, reason if decoder is None else engine
 
 
 def generate(model: Any, prompt: list[int]) -> Run:
