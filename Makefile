@@ -17,7 +17,7 @@ SANITIZED    := $(abspath build/sanitize)
 # A process a core, each with one thread (tests/conftest.py); WORKERS= is one process with all.
 WORKERS ?= -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-all check bench bench-cpu native sanitize clean
+.PHONY: demo test test-all check bench bench-cpu bench-gpu native sanitize clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fourbit demo
@@ -40,6 +40,11 @@ bench: $(VENV)/.dev
 # About three hours on two cores; BENCH=--quick tries it, BENCH=--resume goes on (benchmarks/README.md).
 bench-cpu: $(VENV)/.dev
 	$(BIN)/python benchmarks/cpu/run.py --require-path fused --require-engine native $(BENCH)
+
+# On a GPU; BENCH="--rounds 1 --tokens 8192" is shorter (benchmarks/README.md).
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python benchmarks/gpu/run.py all --shape 8b --paged $(BENCH); large=$$?; \
+	  $(BIN)/python benchmarks/gpu/run.py train decode --shape 1b $(BENCH) && exit $$large
 
 # Installing builds the library too: a change in csrc/ installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt $(CSRC)

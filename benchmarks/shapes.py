@@ -21,54 +21,21 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from fourbit.data.templates import BUILT_IN
 from fourbit.merging.base import make_skeleton
 from fourbit.shards import Entry, parse_size, write_shards
+from sizes import SHAPES as SHAPES
 
-SHAPES = {
-    "llama-7b": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-    },
-    "tinyllama-1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-    },
-    "llama-13b": {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 40,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 40,
-        "vocab_size": 32000,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-    },
-}
 STD = 0.02
 
 
 def configuration(shape: str) -> LlamaConfig:
-    return LlamaConfig(
-        **SHAPES[shape],
-        architectures=["LlamaForCausalLM"],
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=256,
-        dtype="bfloat16",
-    )
+    common = {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 256,
+        "dtype": "bfloat16",
+    }
+    return LlamaConfig(**{**common, **SHAPES[shape]})
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -90,6 +57,8 @@ def write_model(folder: Path, shape: str, *, seed: int = 0, max_shard_size: str 
     """One tensor in memory at a time."""
     config = configuration(shape)
     shapes = {name: tuple(t.shape) for name, t in make_skeleton(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
     entries = [Entry(name, torch.bfloat16, size) for name, size in shapes.items()]
     generator = torch.Generator().manual_seed(seed)
 

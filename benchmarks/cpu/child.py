@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
-import json
-import logging
 import statistics
 import sys
 import time
-import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import protocol as _protocol  # which makes what all benchmarks share importable
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from inside import Skipped, imported, quiet, random_ids
+from inside import emit as emit
+from inside import paths as paths
+from inside import seed_adapter as seed_adapter
+
+del _protocol
 
 
 def begin(spec: dict[str, Any]) -> None:
     """Threads, a seed, and quiet."""
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-
-
-def emit(values: dict[str, Any]) -> None:
-    """The result; the last line of stdout that begins with a brace."""
-    print("\n" + json.dumps(values), flush=True)
+    quiet()
 
 
 def skip(reason: str) -> None:
@@ -43,10 +40,9 @@ def skip(reason: str) -> None:
 def peer(name: str) -> ModuleType:
     """An optional peer; the side is skipped where it cannot be imported."""
     try:
-        return importlib.import_module(name)
-    except (ImportError, OSError, RuntimeError) as error:
-        gist = next(iter(str(error).splitlines()), type(error).__name__)
-        skip(f"{name} cannot be imported ({gist})")
+        return imported(name)
+    except Skipped as reason:
+        skip(str(reason))
         raise
 
 
@@ -103,35 +99,10 @@ def median_seconds(function: Callable[[], Any], *, repeats: int, warmup: int = 1
     return statistics.median(seconds(function) for _ in range(repeats))
 
 
-def seed_adapter(model: nn.Module, *, std_b: float = 0.0) -> None:
-    """The same adapter on every side: A as PEFT draws it, B zero or normal, by layer name."""
-    for name, parameter in model.named_parameters():
-        if "lora_A" not in name and "lora_B" not in name:
-            continue
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        values = torch.empty(parameter.shape)
-        if "lora_A" in name:
-            bound = parameter.shape[1] ** -0.5
-            values.uniform_(-bound, bound, generator=generator)
-        else:
-            values.normal_(0, 1, generator=generator).mul_(std_b)
-        parameter.data = values.to(parameter.dtype)
-
-
 def tokens(spec: dict[str, Any], rows: int, length: int) -> Tensor:
     """``[rows, length]`` ids: the prepared text again and again, or random ids."""
     if spec.get("ids"):
         text = torch.load(spec["ids"])
         need = rows * length
         return text.repeat(-(-need // text.numel()))[:need].view(rows, length)
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(5, spec["vocabulary"], (rows, length), generator=generator)
-
-
-def paths(model: nn.Module) -> dict[str, int]:
-    """Layers by the path they take through our code; ``unknown`` where it does not say."""
-    try:
-        module = importlib.import_module("fourbit.fused")
-    except ModuleNotFoundError:
-        return {"unknown": 1}
-    return dict(module.paths(model))
+    return random_ids(spec["vocabulary"], rows, length)

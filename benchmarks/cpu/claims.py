@@ -10,8 +10,6 @@ was not measured, ends with exit code 1.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import caps
@@ -23,28 +21,9 @@ import protocol
 import train
 from protocol import Row
 
+from promises import Claim, Measure, Tables, ratio, smallest, value
+
 FILE = "cpu_claims.csv"
-Tables = dict[str, list[Row]]
-Measure = Callable[[Tables], "float | None"]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A promise.
-
-    Attributes:
-        text: what is promised, without the number.
-        bound: the number; a lower bound, or an upper one where ``most`` is set.
-        measured: the figure, from the rows of all files; None where a side is missing.
-    """
-
-    text: str
-    bound: float
-    measured: Measure
-    most: bool = False
-
-    def kept(self, value: float) -> bool:
-        return value <= self.bound if self.most else value >= self.bound
 
 
 def newest(path: Path, *, quick: bool) -> list[Row]:
@@ -55,39 +34,6 @@ def newest(path: Path, *, quick: bool) -> list[Row]:
     last = max(rows, key=lambda row: row["date"])
     same = ("commit", "machine", "threads", "versions")
     return [row for row in rows if all(row[key] == last[key] for key in same)]
-
-
-def ratio(file: str, column: str, ours: str, theirs: str) -> Measure:
-    """Median of ``ours`` divided by the median of ``theirs``."""
-
-    def measured(tables: Tables) -> float | None:
-        top = protocol.spread(tables[file], ours, column)
-        bottom = protocol.spread(tables[file], theirs, column)
-        return None if top is None or bottom is None else top.median / bottom.median
-
-    return measured
-
-
-def value(file: str, column: str, case: str) -> Measure:
-    """A median itself."""
-
-    def measured(tables: Tables) -> float | None:
-        found = protocol.spread(tables[file], case, column)
-        return None if found is None else found.median
-
-    return measured
-
-
-def smallest(measures: Iterable[Measure]) -> Measure:
-    """The worst of several; None while one is missing."""
-    wanted = list(measures)
-
-    def measured(tables: Tables) -> float | None:
-        found = [measure(tables) for measure in wanted]
-        known = [each for each in found if each is not None]
-        return min(known) if len(known) == len(found) else None
-
-    return measured
 
 
 def head_added(tables: Tables) -> float | None:
@@ -174,13 +120,12 @@ def main() -> None:
     open_claims = 0
     for claim in CLAIMS:
         found = claim.measured(tables)
-        sign = "<=" if claim.most else ">="
-        word = "not measured" if found is None else "kept" if claim.kept(found) else "BROKEN"
+        word = claim.verdict(found)
         open_claims += word != "kept"
         shown = "" if found is None else f"{found:.3g}"
-        print(f"{word:12}  {shown:>8} {sign} {claim.bound:<5g} {claim.text}")
+        print(claim.line(found))
         row = {"date": now, **about, "claim": claim.text, "measured": shown}
-        row |= {"sign": sign, "bound": str(claim.bound), "verdict": word}
+        row |= {"sign": claim.sign, "bound": str(claim.bound), "verdict": word}
         protocol.append(options.results / FILE, row)
     if options.strict and open_claims:
         raise SystemExit(1)
