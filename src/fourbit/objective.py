@@ -140,6 +140,13 @@ class Objective:
         width = self.base.config.get_text_config().hidden_size
         self.offload = Offload(width, self.device, folder=folder)
 
+    def offload_to_host(self) -> bool:
+        """The same into host memory; False where that is no other memory, or already done."""
+        if self.offload is not None or self.device.type == "cpu":
+            return False
+        self.offload_activations()
+        return True
+
     @contextmanager
     def _forward(self) -> Iterator[None]:
         away = self.offload is not None and torch.is_grad_enabled()

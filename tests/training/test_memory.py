@@ -268,6 +268,26 @@ def test_at_last_the_run_ends_with_one_line(name: str):
     assert loop.optimizer._steps == [1] * len(loop.parameters)
 
 
+def test_on_a_gpu_activations_wait_in_host_memory_before_the_run_ends(monkeypatch):
+    loop, notes = make_loop("llama"), []
+    loop.note = notes.append  # type: ignore[method-assign]
+    asked: list[object] = []
+    cuda = property(lambda _: torch.device("cuda"))
+    monkeypatch.setattr(type(loop.objective), "device", cuda)
+    monkeypatch.setattr(loop.objective, "offload_activations", lambda: asked.append(1))
+    loop.state.recompute, loop.state.max_positions, loop._evicted_at = True, 1, loop.state.step
+    batch = loop._collate(loop.dataset, loop.plan.batches.epoch(0)[0])
+    loop._make_room("step 1", [batch])
+    assert loop.state.offload
+    assert asked == [1]
+    assert notes == [
+        "step 1: out of memory; from now on what lies between layers waits in host memory"
+    ]
+    monkeypatch.setattr(loop.objective, "offload", object())
+    with pytest.raises(EnvironmentFault, match="does not fit"):
+        loop._make_room("step 1", [batch])
+
+
 def test_evaluation_is_split_too():
     loop = make_loop("llama")
     batches = BatchPlan(loop.dataset, max_length=64, packing=True, batch_size=4, seed=0)

@@ -13,7 +13,9 @@ from torch import Tensor
 from fourbit.distributed import ALONE, OrderedSum, Ranks, is_shard
 from fourbit.training.sharding import Sharding
 
-Compute = Callable[[int], float]
+Loss = float | Tensor
+"""A tensor need not have been computed yet."""
+Compute = Callable[[int], Loss]
 """Computes the micro-batch of this number, and gives the sum of its losses."""
 
 
@@ -51,7 +53,7 @@ class Exchange:
         """The most micro-batches of a step of ``count`` that one process computes."""
         return -(-count // self.ranks.size)
 
-    def gradients(self, count: int, compute: Compute) -> list[float]:
+    def gradients(self, count: int, compute: Compute) -> Sequence[Loss]:
         """The losses of all micro-batches; the parameters then have the sum of their gradients.
 
         Args:
@@ -67,7 +69,7 @@ class Exchange:
                 self._sharding.begin_round(active, first=number == 0)
             loss = self._turn(index, count, compute)
             self._sum.add(active)
-            losses += self.ranks.gather(loss)[:active]
+            losses += self.ranks.gather(float(loss))[:active]
         self._sum.finish()
         return losses
 
@@ -80,9 +82,9 @@ class Exchange:
             if self.ranks.alone:
                 if stop():
                     return None
-                losses.append(compute(index))
+                losses.append(float(compute(index)))
                 continue
-            found = self.ranks.gather([stop(), self._turn(index, count, compute)])
+            found = self.ranks.gather([stop(), float(self._turn(index, count, compute))])
             if any(wants for wants, _ in found):
                 return None
             losses += [loss for _, loss in found[:active]]
@@ -93,13 +95,12 @@ class Exchange:
         size, rank = self.ranks.size, self.ranks.rank
         return [(first + rank, min(size, count - first)) for first in range(0, count, size)]
 
-    def _turn(self, index: int, count: int, compute: Compute) -> float:
+    def _turn(self, index: int, count: int, compute: Compute) -> Loss:
         if index < count:
             loss = compute(index)
-        elif self.divided:
-            compute(count - 1)  # whose layers the others gather; the result is left aside
-            loss = 0.0
         else:
             loss = 0.0
+            if self.divided:
+                compute(count - 1)  # whose layers the others gather; the result is left aside
         self.ranks.tick()
         return loss

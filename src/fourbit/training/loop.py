@@ -44,6 +44,7 @@ class LoopState:
     Attributes:
         max_positions: most positions that go through the model at once, since memory ran out.
         recompute: whether activations are recomputed since then.
+        offload: whether those between layers wait in host memory since then.
         memory_events: how often memory ran out.
     """
 
@@ -58,6 +59,7 @@ class LoopState:
     worse_evals: int = 0
     max_positions: int | None = None
     recompute: bool = False
+    offload: bool = False
     memory_events: int = 0
     pending_eval: bool = False
     eval_loss_before: float | None = None
@@ -301,20 +303,22 @@ class TrainLoop:
             That mean, and the norm of the gradients before they were clipped.
         """
 
-        def micro_batch(index: int) -> float:
-            found = 0.0
+        def micro_batch(index: int) -> Tensor:
+            # a tensor, so that a GPU's queue does not run dry between micro-batches
+            found = torch.zeros((), dtype=torch.float64, device=self.objective.device)
             for before, part in self._parts(batches[index]):
                 torch.manual_seed(_mix(self.config.seed, step, index))
-                with dropout_after(before):
+                # in one thread: buffers for weights are a thread's own
+                with dropout_after(before), torch.autograd.set_multithreading_enabled(False):
                     loss_sum = self.objective.loss_sum(part)
                     self.scaler.scale(loss_sum / max(supervised, 1)).backward()
-                found += float(loss_sum.detach())
+                found += loss_sum.detach()
             return found
 
         where = f"step {step}" if step else "rehearsal"
         self.exchange.ranks.phase(where)
 
-        def survived(index: int) -> float:
+        def survived(index: int) -> Tensor:
             # of several processes only this one ran out of memory; the others wait for it
             return self._surviving(where, [batches[index]], partial(micro_batch, index))
 
@@ -324,7 +328,7 @@ class TrainLoop:
             compute = micro_batch if alone else survived
             total = 0.0
             for loss in self.exchange.gradients(len(batches), compute):
-                total += loss
+                total += float(loss)
             return total / max(supervised, 1), self._clip()
 
         if not self.exchange.ranks.alone:
@@ -353,7 +357,7 @@ class TrainLoop:
             self._make_room(where, batches)
 
     def _make_room(self, where: str, batches: list[Batch]) -> None:
-        """Evicts the optimizer's pages, then halves what goes through the model, then recomputes.
+        """Evicts the optimizer's pages, halves what goes through the model, recomputes, offloads.
 
         Raises:
             EnvironmentFault: nothing is left to give up.
@@ -380,6 +384,11 @@ class TrainLoop:
         elif not state.recompute and self.objective.recompute_activations():
             state.recompute = True
             self.note(f"{where}: out of memory; from now on activations are recomputed")
+        elif not state.offload and self.objective.offload_to_host():
+            state.offload = True
+            self.note(
+                f"{where}: out of memory; from now on what lies between layers waits in host memory"
+            )
         else:
             raise EnvironmentFault(
                 "out-of-memory",

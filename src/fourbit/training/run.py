@@ -680,6 +680,8 @@ class _Run:
         self.loop.state = LoopState.from_dict(documents["state.json"])
         if self.loop.state.recompute:
             self.objective.recompute_activations()
+        if self.loop.state.offload:
+            self.objective.offload_to_host()
         self.loop.scaler.load_state_dict(documents["scaler.json"])
         self.watch.restore(documents["evidence.json"])
 
