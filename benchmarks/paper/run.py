@@ -123,7 +123,8 @@ def table(options: argparse.Namespace) -> None:
     """What is in WORK, as one file and as tables."""
     kept: dict[str, Any] = {}
     for path in sorted((options.work / "datatypes").glob("*.json")):
-        kept.setdefault("datatypes", {})[path.stem] = json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        kept.setdefault("datatypes", {})[path.stem] = _named(found)
     for task in TASKS:
         path = options.work / task / "compared" / "compare.json"
         if path.exists():
@@ -135,6 +136,13 @@ def table(options: argparse.Namespace) -> None:
     for task in TASKS:
         if task in kept:
             print(f"\n{task}\n\n{_methods_table(kept[task])}")
+
+
+def _named(found: dict[str, Any]) -> dict[str, Any]:
+    """The same with files by their names: where they lay says nothing to others."""
+    short = {key: Path(found[key]).name for key in ("model", "data") if key in found}
+    inner = {key: _named(value) for key, value in found.items() if isinstance(value, dict)}
+    return {**found, **inner, **short}
 
 
 def _datatypes_table(found: dict[str, Any]) -> str:
