@@ -53,9 +53,9 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(code, errors) for errors, code in found]
 
 
-def train_on(size: int, *configs: Path) -> None:
+def train_on(size: int, *configs: Path, **environment: str) -> None:
     """Trains these runs one after another on ``size`` processes."""
-    for code, errors in ended(start_ranks([[WORKER, *configs]] * size)):
+    for code, errors in ended(start_ranks([[WORKER, *configs]] * size, **environment)):
         assert code == 0, errors
 
 

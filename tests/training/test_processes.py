@@ -65,13 +65,15 @@ def name_of(kind: tuple) -> str:
     return "-".join(map(str, kind))
 
 
-def train_kinds(root: Path, model: Path, kinds: list[tuple]) -> dict[tuple, Path]:
+def train_kinds(
+    root: Path, model: Path, kinds: list[tuple], **environment: str
+) -> dict[tuple, Path]:
     """These kinds of runs on two processes, in one start of them."""
     configs = {
         kind: configured(root / name_of(kind), model, parallel=kind[0], **settings(*kind[1:]))
         for kind in kinds
     }
-    train_on(2, *configs.values())
+    train_on(2, *configs.values(), **environment)
     return {kind: config.parent / "run" for kind, config in configs.items()}
 
 
@@ -102,6 +104,17 @@ def alone(tmp_path_factory, model_folder):
         return made[quant, packing]
 
     return run
+
+
+def test_a_base_quantized_once_for_all_gives_the_same_bytes(tmp_path, model_folder, alone):
+    kinds = [KINDS[0], KINDS[3]]
+    found = train_kinds(tmp_path, model_folder("llama"), kinds, PACKED_ONCE="1")
+    for kind, run in found.items():
+        assert "once for all processes of this host" in (run / "log.txt").read_text()
+        assert "every process quantizes for itself" not in (run / "log.txt").read_text()
+        assert not (run / "packed").exists()
+        assert curve(run) == curve(alone(*kind[1:]))
+        assert adapter(run) == adapter(alone(*kind[1:]))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=name_of)

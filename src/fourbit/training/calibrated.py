@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fourbit.errors import InputError
 from fourbit.files import human_bytes
-from fourbit.training.child import run_command
+from fourbit.training.child import quantize_words, run_command
 from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
 
@@ -54,12 +54,7 @@ def calibrated_base(
         text = run / _TOKENS
         np.save(text, ids)
     say.line(f"calibrating the base on {'the training data' if own else text}")
-    words: list[object] = ["quantize", config.model, "-o", base, "--quant", quant.quant_type]
-    words += [] if revision is None else ["--revision", revision]
-    if not quant.is_int8:
-        words += ["--blocksize", quant.blocksize]
-        words += [] if quant.double_quant else ["--no-double-quant"]
-    words += ["--allow-unquantized"] if quant.allow_unquantized else []
+    words = quantize_words(config, base, revision)
     told = run_command(*words, "--calibrate", text, "--json", where=str(run))
     if own:
         text.unlink()

@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from fourbit.errors import FourbitError, Interrupted, Preempted
+from fourbit.training.config import TrainConfig
 
 _TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 _STOPPED = (75, 130, -signal.SIGTERM, -signal.SIGINT)
@@ -55,6 +57,24 @@ def run_command(*words: object, where: str) -> dict[str, Any]:
     if child.returncode or "error" in told:
         raise _failed(child.returncode, told.get("error") or {})
     return told
+
+
+def quantize_words(config: TrainConfig, output: Path, revision: str | None) -> list[object]:
+    """The command that writes a run's base as the run would hold it.
+
+    Args:
+        config: of the run.
+        output: folder to be made.
+        revision: of a hub model.
+    """
+    quant = config.quant
+    words: list[object] = ["quantize", config.model, "-o", output, "--quant", quant.quant_type]
+    words += [] if revision is None else ["--revision", revision]
+    if not quant.is_int8:
+        words += ["--blocksize", quant.blocksize]
+        words += [] if quant.double_quant else ["--no-double-quant"]
+    words += ["--allow-unquantized"] if quant.allow_unquantized else []
+    return words
 
 
 def _failed(code: int, error: dict[str, Any]) -> ChildFailed:

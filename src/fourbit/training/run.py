@@ -63,6 +63,7 @@ from fourbit.training.loop import LoopState, StepResult, TrainLoop
 from fourbit.training.progress import Reporter, Silent
 from fourbit.training.prompts import inject_prompt, settle, text_context
 from fourbit.training.sharding import Sharding
+from fourbit.training.shared_base import packed_once
 from fourbit.training.signals import SignalGuard
 from fourbit.training.tracking import Tracker, require_tracker
 
@@ -519,7 +520,8 @@ class _Run:
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
-        base = load_model(self.source, options)
+        with packed_once(self.source, config, self.folder.path, self.ranks, self.say) as source:
+            base = load_model(source, options)
         self.say.line(f"loaded in {time.perf_counter() - began:.1f} s")
         if quantized_base(config.method):
             for tensor in unquantized_tensors(base):
