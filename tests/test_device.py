@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fourbit import device as devices
+from fourbit.errors import InputError
 
 
 def group(folder: Path, *, limit: str, current: int, droppable: int) -> None:
@@ -59,3 +61,28 @@ def test_paging_out_gives_memory_back_and_keeps_the_values(tmp_path):
     assert torch.equal(written, wanted)
     devices.page_out(torch.zeros(0))
     devices.page_out(torch.zeros(3))
+
+
+def test_a_gpu_can_be_held_to_the_same_bits(monkeypatch):
+    monkeypatch.setattr(devices, "default_device", lambda: torch.device("cuda"))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with devices.repeatable(False):
+        assert not torch.are_deterministic_algorithms_enabled()
+    with devices.repeatable(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert not torch.are_deterministic_algorithms_enabled()
+    told = "kthvalue CUDA does not have a deterministic implementation, but you set\nmore"
+    with pytest.raises(InputError, match="kthvalue CUDA") as caught, devices.repeatable(True):
+        raise RuntimeError(told)
+    assert "\n" not in caught.value.line()
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="another"), devices.repeatable(True):
+        raise RuntimeError("another")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_a_cpu_gives_the_same_bits_anyway():
+    with devices.repeatable(True):
+        assert not torch.are_deterministic_algorithms_enabled()

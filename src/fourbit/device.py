@@ -10,7 +10,8 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +77,42 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8 or torch.version.hip is not None
     return False
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Inside, a GPU computes the same bits every time; a CPU does so anyway.
+
+    Args:
+        wanted: False for nothing at all.
+
+    Raises:
+        InputError: an operation for which PyTorch knows no such way; it is named.
+    """
+    if not wanted or default_device().type != "cuda":
+        yield
+        return
+    # cuBLAS reads it when it begins, so nobody has to set it outside
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    strict = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # nothing here reads such memory
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise InputError(
+            "not-deterministic",
+            where="deterministic",
+            what=str(error).strip().splitlines()[0],
+            fix="leave deterministic out, or set attn_implementation: eager",
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(strict)
+        settings.fill_uninitialized_memory = fills
 
 
 def default_device() -> torch.device:

@@ -89,6 +89,9 @@ class TrainConfig(Settings):
         default=True, description="run the longest batch before step 1 and measure its memory"
     )
     precision: Precision = Field(default="auto", description="bf16, fp16 (with a scaler) or fp32")
+    deterministic: bool = Field(
+        default=False, description="the same bits every time on a GPU too; a CPU's always are"
+    )
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="dtype of the saved adapter; bf16 halves the file"
     )

@@ -91,6 +91,7 @@ _FREE_TO_CHANGE = {
     "model",
     "revision",
     "parallel",
+    "deterministic",
 }
 """Settings that may differ on resume: they decide no bit of the adapter (the base is hashed)."""
 
@@ -157,7 +158,7 @@ def train(
         origins["resume"] = "restarted by torchrun"
     overwrite = overwrite and not restarts()
     run = _Run(config, origins, _reporter(ranks, reporter), ranks)
-    with SignalGuard() as guard:
+    with SignalGuard() as guard, devices.repeatable(config.deterministic):
         run.guard = guard
         if dry_run:
             run.prepare()
