@@ -56,7 +56,9 @@ def test_kernels_equal_the_reference_in_the_interpreter(group):
     assert f"{group}: equal" in child("compare.py", group, "cpu", interpret=True)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [*MODELS[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS[2:])]
+)
 def test_fused_layers_equal_transformers_in_the_interpreter(name):
     assert f"{name}: equal" in child("fused.py", name, "cpu", interpret=True)
 
@@ -77,7 +79,9 @@ def test_kernels_equal_the_reference_on_a_gpu(group):
     assert f"{group}: equal" in child("compare.py", group, "cuda", interpret=False)
 
 
-@pytest.mark.parametrize("arch", ["80", pytest.param("89", marks=pytest.mark.slow), "90"])
+@pytest.mark.parametrize(
+    "arch", [*(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "89")), "90"]
+)
 def test_kernels_stay_within_their_budget(arch, tmp_path):
     """Compiled by ptxas for a card that is not here: registers, spills, instructions a weight."""
     out = child("budget.py", arch, str(tmp_path), interpret=False)

@@ -62,6 +62,7 @@ def test_a_merge_starts_from_that_base(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated_is_one_line(run, tmp_path):
     model, folder = run
     twice = fourbit("train", configured(tmp_path / "twice", folder / "base"))
@@ -82,6 +83,7 @@ def test_what_cannot_be_calibrated_is_one_line(run, tmp_path):
     assert "fourbit quantize" in compared.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ids", [np.array([1.5] * 2000), np.array([[1] * 2000]), np.array([10**6] * 2000), None]
 )

@@ -264,6 +264,7 @@ def test_a_rank_that_hangs_ends_the_others_within_a_minute(
     assert re.search(r"rank 1, step \d: hangs", lines[0])
 
 
+@pytest.mark.slow
 def test_a_rank_that_errs_is_named_by_the_others(undisturbed, tmp_path, model_folder):
     config = write_config(tmp_path, model_folder("llama"), **undisturbed[0])
     command = [SABOTEUR, "train", config]
