@@ -5,12 +5,26 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from fourbit import checkpoint
-from fourbit.distributed import ALONE, assign_, is_shard, joined, local, shard_of, watchdog, whole
+from fourbit import FourbitConfig, checkpoint
+from fourbit import device as devices
+from fourbit.distributed import (
+    ALONE,
+    assign_,
+    is_shard,
+    joined,
+    local,
+    session,
+    shard_of,
+    watchdog,
+    whole,
+)
+from fourbit.distributed.ranks import Ranks
 from fourbit.distributed.watchdog import Sign, Watchdog, as_failure
 from fourbit.errors import EnvironmentFault, InputError, NumericStop
 
@@ -189,3 +203,63 @@ def test_the_store_is_kept_until_the_others_have_heard(watched):
     assert not dog.all_heard()
     pass_time(1, rank_1=Sign(failed=failed, heard=True), rank_2=Sign(failed=failed, heard=True))
     assert dog.all_heard()
+
+
+class Told(Ranks):
+    """Rank 0 of some whose answers are given, a value for each exchange."""
+
+    def __init__(self, *answers: list) -> None:
+        super().__init__(0, len(answers[0]))
+        self.answers = list(answers)
+
+    def gather(self, value):
+        return self.answers.pop(0)
+
+
+def test_other_data_on_a_rank_is_named_with_both():
+    told = Told([{"the fingerprint of the data": "aa"}, {"the fingerprint of the data": "bb"}])
+    with pytest.raises(InputError) as caught:
+        told.require_same({"the fingerprint of the data": "aa"}, fix="the same files")
+    line = caught.value.line()
+    assert "rank 1" in line
+    assert "the fingerprint of the data is bb, rank 0 has aa" in line
+
+
+def test_other_versions_and_shared_cards_are_named():
+    usual = {"fourbit": "1", "torch": "2.13.0", "transformers": "5", "the kind of device": "cuda"}
+    other = {**usual, "torch": "2.12.0"}
+    with pytest.raises(InputError, match="rank 2.*torch is 2.12.0, rank 0 has 2.13.0"):
+        session._require_same_software(Told([usual, usual, other]))
+    with pytest.raises(InputError, match="rank 2.*the same graphics card as rank 0"):
+        session._require_same_software(Told([usual] * 3, ["card-a", "card-b", "card-a"]))
+    session._require_same_software(Told([usual] * 3, ["card-a", "card-b", "card-c"]))
+
+
+def test_more_processes_than_cards_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("RANK", "7")
+    for index, card in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("LOCAL_RANK", index)
+        assert devices.default_device() == torch.device("cuda", card)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    with pytest.raises(InputError, match="rank 7.*shows 2 graphics cards.*process 4"):
+        devices.default_device()
+    # each process is shown its own
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert devices.default_device() == torch.device("cuda", 0)
+
+
+def test_a_model_spread_over_devices_is_refused_where_there_are_several_processes(
+    monkeypatch, model_folder
+):
+    quantization = FourbitConfig(load_in_4bit=True)
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
+        model_folder("llama"),
+        quantization_config=quantization,
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes, and a device_map that spreads"):
+        load(device_map={"model": "cpu", "lm_head": "disk"})
+    assert load(device_map={"": "cpu"}).is_quantized
