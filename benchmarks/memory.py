@@ -2,10 +2,13 @@
 
     python benchmarks/memory.py --model smollm2 [--cells 20 --seed 1] [--rounds 3]
     python benchmarks/memory.py --model DIR --only 'qlora*'
+    python benchmarks/memory.py --model DIR --fixed no --cells 6 --batches 1,2 --lengths 128,256
+    python benchmarks/memory.py table
 
 Each cell is a run of `fourbit train`: three steps on generated text that fills every sequence. Some
-cells are fixed; `--cells N --seed S` draws N more of the whole grid. Rows go to results/memory.csv:
-bytes above what the imports alone take.
+cells are fixed; `--cells N --seed S` draws N more of the whole grid, or of the part of it that is
+named. Rows go to results/memory.csv: bytes above what the imports alone take. `table` prints what the
+newest commit measured as the table of docs/concepts/memory.md.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
-from rows import REPOSITORY, append, stamp
+from rows import REPOSITORY, RESULTS, append, read, stamp
 
 METHODS = {
     "qlora": {"method": "qlora"},
@@ -43,9 +46,11 @@ FIXED = [
 Cell = tuple[str, int, int, str, bool]
 
 
-def drawn(count: int, seed: int) -> list[Cell]:
-    """``count`` different cells of the whole grid."""
-    grid = list(product(METHODS, (1, 2, 3, 4, 6), (256, 384, 512, 768, 1024), (0, 1), (0, 1)))
+def drawn(
+    count: int, seed: int, methods: list[str], batches: list[int], lengths: list[int]
+) -> list[Cell]:
+    """``count`` different cells of a grid."""
+    grid = list(product(methods, batches, lengths, (0, 1), (0, 1)))
     cells = random.Random(seed).sample(grid, count)
     return [(m, b, t, "all" if c else "none", bool(p)) for m, b, t, c, p in cells]
 
@@ -73,7 +78,7 @@ def text(path: Path, length: int, rows: int) -> None:
             file.write(json.dumps({"text": " ".join(draw.choices(words, k=4 * length))}) + "\n")
 
 
-def run(cell: Cell, model: str) -> tuple[int, int]:
+def run(cell: Cell, model: str, steps: int) -> tuple[int, int]:
     """``(planned, measured)`` peak bytes of one run."""
     method, batch, length, checkpointing, packing = cell
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +93,7 @@ def run(cell: Cell, model: str) -> tuple[int, int]:
             "data.train_on": "all",
             "batch_size": batch,
             "grad_accum": 1,
-            "max_steps": 3,
+            "max_steps": steps,
             "samples": 0,
             "gradient_checkpointing": checkpointing,
             "output": str(Path(folder) / "run"),
@@ -102,11 +107,11 @@ def run(cell: Cell, model: str) -> tuple[int, int]:
     return told["predicted_peak_bytes"], told["peak_memory_bytes"]
 
 
-def rows(cells: list[Cell], model: str, rounds: int) -> Iterator[dict[str, object]]:
+def rows(cells: list[Cell], model: str, rounds: int, steps: int) -> Iterator[dict[str, object]]:
     stamped = stamp()
     base = statistics.median(baseline() for _ in range(3))
     for cell in cells:
-        runs = [run(cell, model) for _ in range(rounds)]
+        runs = [run(cell, model, steps) for _ in range(rounds)]
         planned = statistics.median(p for p, _ in runs) - base
         measured = statistics.median(m for _, m in runs) - base
         yield {
@@ -120,19 +125,51 @@ def rows(cells: list[Cell], model: str, rounds: int) -> Iterator[dict[str, objec
         }
 
 
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def table() -> None:
+    """Every cell that was measured three times, newest first where there are several."""
+    measured = [row for row in read(RESULTS / "memory.csv") if int(row["rounds"]) >= 3]
+    newest = {(row["model"], row["cell"]): row for row in measured}
+    print(
+        "| model | cell | planned, MB | measured, MB | error, % |\n| --- | --- | --- | --- | --- |"
+    )
+    for (model, cell), row in newest.items():
+        figures = (row[key] for key in ("planned_mb", "measured_mb", "error_percent"))
+        print("| " + " | ".join((model, cell, *figures)) + " |")
+    errors = [abs(float(row["error_percent"])) for row in newest.values()]
+    if errors:
+        told = f"median {statistics.median(errors):.1f}%, worst {max(errors):.1f}%"
+        print(f"\n{len(errors)} cells: {told}")
+
+
 def main() -> None:
+    if sys.argv[1:] == ["table"]:
+        return table()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--only", default="*", help="cells by name, with wildcards")
+    parser.add_argument("--fixed", choices=["yes", "no"], default="yes", help="the fixed cells too")
     parser.add_argument("--cells", type=int, default=0, help="cells drawn besides the fixed ones")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--methods", type=_words, default=list(METHODS))
+    parser.add_argument("--batches", type=_numbers, default=[1, 2, 3, 4, 6])
+    parser.add_argument("--lengths", type=_numbers, default=[256, 384, 512, 768, 1024])
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    cells = [*FIXED, *drawn(options.cells, options.seed)] if options.cells else FIXED
+    cells = drawn(options.cells, options.seed, options.methods, options.batches, options.lengths)
     print(f"cells drawn with seed {options.seed}: {options.cells}")
+    cells = [*(FIXED if options.fixed == "yes" else []), *cells]
     wanted = [cell for cell in cells if fnmatch.fnmatch(name_of(cell), options.only)]
     errors = []
-    for row in rows(wanted, options.model, options.rounds):
+    for row in rows(wanted, options.model, options.rounds, options.steps):
         append("memory", row)
         errors.append(abs(float(str(row["error_percent"]))))
         print(*row.values(), flush=True)
