@@ -7,8 +7,8 @@
 
 Each cell is a run of `fourbit train`: three steps on generated text that fills every sequence. Some
 cells are fixed; `--cells N --seed S` draws N more of the whole grid, or of the part of it that is
-named. Rows go to results/memory.csv: bytes above what the imports alone take. `table` prints what the
-newest commit measured as the table of docs/concepts/memory.md.
+named. Rows go to results/memory.csv: bytes above what the imports alone take. `table` prints the
+cells that were measured three times, as docs/concepts/memory.md has them.
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def table() -> None:
 
 def main() -> None:
     if sys.argv[1:] == ["table"]:
-        return table()
+        table()
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--only", default="*", help="cells by name, with wildcards")
