@@ -52,6 +52,18 @@ def test_on_other_inputs_of_the_same_kind_too():
     assert ours < 0.7 * plain
 
 
+def test_the_order_of_columns_inside_a_block_does_not_matter():
+    """The largest inputs are rounded first wherever they stand."""
+    weight, x = torch.randn(40, 192), inputs(2000, 192)
+    moved = torch.cat([start + torch.randperm(64) for start in (0, 64, 128)])
+    moments = x.t() @ x
+    straight = restored_4bit(weight, moments)[:, moved]
+    shuffled = restored_4bit(weight[:, moved], moments[moved][:, moved])
+    assert (straight == shuffled).float().mean() > 0.99
+    left_to_right = restored_4bit(weight, torch.diag(moments.diagonal()))[:, moved]
+    assert (straight == left_to_right).float().mean() < 0.9
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 63), (5, 65), (9, 129), (64, 64)], ids=str)
 def test_every_shape_is_the_same_format(shape, dtype):

@@ -5,8 +5,10 @@ Two steps make it small where plain absmax makes the weights' own error small:
 
 1. Each block's scale is searched near its absmax: least squared error, weighted by ``diag H``.
 2. Weights are rounded column by column, and what a column's rounding did to the output is
-   made up for in the columns that are still free (GPTQ, arXiv 2210.17323, on these codes). With
-   double quantization the rounding already uses the scale that the file will hold.
+   made up for in the columns that are still free (GPTQ, arXiv 2210.17323, on these codes). The
+   columns with the largest inputs come first, while most of the others are still free; blocks and
+   scales stay where they are, so the file has no order to remember. With double quantization the
+   rounding already uses the scale that the file will hold.
 
 Legend: N outputs, K inputs, b blocks.
 """
@@ -166,8 +168,9 @@ def _round_with_feedback(
     weight: Tensor, scales: Tensor, moments: Tensor, grid: _Grid, damping: float
 ) -> Tensor:
     """Codes ``[N, K]``; ``scales`` is that of each weight, ``[N, K]``."""
-    upper = _feedback(moments, damping)
-    left = weight.clone()
+    order = moments.diagonal().argsort(descending=True, stable=True)
+    upper = _feedback(moments[order][:, order], damping)
+    left, scales = weight[:, order], scales[:, order]
     codes = torch.empty(weight.shape, dtype=grid.codes.dtype, device=weight.device)
     # a scale of 0 restores 0 whatever the code is
     inverse = torch.where(scales == 0, 0.0, 1 / scales)
@@ -178,7 +181,7 @@ def _round_with_feedback(
         errors = torch.empty_like(here)
         for column in range(stop - start):
             places = grid.nearest(here[column] * turned[column])
-            codes[:, start + column] = grid.codes[places]
+            codes[:, order[start + column]] = grid.codes[places]
             row = upper[start + column, start:stop]
             error = here[column].sub(grid.values[places] * scale[column]).div_(row[column])
             errors[column] = error
