@@ -182,3 +182,34 @@ def test_another_comparison_is_not_mixed_in(compared):
     assert done.returncode == 2
     assert "not of a comparison" in done.stderr
     assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_a_base_that_the_run_calibrates_is_the_one_that_is_measured(tmp_path, model_folder):
+    model = model_folder("llama")
+    data = {"train": str(write_chats(tmp_path / "many.jsonl", 90)), "eval": 2, "max_length": 128}
+    config = write_config(tmp_path, model, data=data, max_steps=1, eval_every=0)
+    text = tmp_path / "book.txt"
+    text.write_text("It was a dark night.\n\nIt rained.\n" * 20)
+    out = tmp_path / "out"
+    done = fourbit(
+        "compare", config, "--methods", "qlora,qlora-calibrated", "--seeds", "1", "--text", text,
+        "--window", "64", "-o", out, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain, calibrated = (row["scores"]["perplexity"] for row in json.loads(done.stdout)["rows"])
+    assert plain["before"] != calibrated["before"]
+    base = out / "qlora-calibrated" / "seed-0" / "base"
+    alone = fourbit(
+        "eval",
+        base,
+        "--tasks",
+        f"perplexity={text}",
+        "--window",
+        "64",
+        "--precision",
+        "fp32",
+        "--json",
+    )
+    assert alone.returncode == 0, alone.stderr
+    found = json.loads(alone.stdout)["results"]["perplexity"]["perplexity"]
+    assert calibrated["before"] == pytest.approx(found)

@@ -10,17 +10,19 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fourbit.comparison.results import Comparison, Outcome
-from fourbit.comparison.variants import Variant, held
+from fourbit.comparison.variants import Variant, has_own_base, held
 from fourbit.errors import EnvironmentFault, InputError
 from fourbit.evaluation.run import split_tasks
 from fourbit.files import replace_file, valid_json
 from fourbit.methods import quantized_base
 from fourbit.rundir import RunDir, check_path
 from fourbit.settings import Resolved, dump_settings, replaced
+from fourbit.training.calibrated import BASE
 from fourbit.training.child import ChildFailed, run_command
 from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
@@ -204,9 +206,13 @@ class _Job:
     def _one(self, name: str, seed: int) -> Outcome:
         config = self.configs[name]
         try:
-            before = self._untouched(config)
             run = self.folder / name / f"seed-{seed}"
+            own = has_own_base(config)
+            # a base that the run makes for itself is there only afterwards
+            before = {} if own else self._untouched(config, config.model)
             trained = self._train(config, name, seed, run)
+            if own:
+                before = self._untouched(config, run / BASE)
             after = self._measured(config, run, f"{name}-seed{seed}")
         except ChildFailed as failure:
             self.say.warn(f"{name}, seed {seed}: {failure.line()}")
@@ -222,15 +228,17 @@ class _Job:
         path.write_text(dump_settings(Resolved(value, {})), encoding="utf-8")
         return self._child("train", path, "--resume", "auto", "--json")
 
-    def _untouched(self, config: TrainConfig) -> dict[str, Any]:
-        """The scores of the base as this run holds it: measured once for each way of holding."""
+    def _untouched(self, config: TrainConfig, base: str | Path) -> dict[str, Any]:
+        """The scores of a base as this run holds it: measured once for each way of holding."""
         if not self.tasks:
             return {}
         kind = held(config)
+        if base != next(iter(self.configs.values())).model:
+            kind += f"-{sha256(str(base).encode()).hexdigest()[:12]}"
         path = self.folder / "untouched" / f"{kind}.json"
         if not path.is_file():
-            self.say.line(f"the untouched model, held as {kind}")
-            found = self._asked(config, [], path.with_suffix(""))
+            self.say.line(f"the untouched {base}, held as {held(config)}")
+            found = self._asked(config, [base], path.with_suffix(""))
             path.parent.mkdir(exist_ok=True)
             replace_file(path, valid_json(found).encode())
         return json.loads(path.read_text(encoding="utf-8"))
@@ -238,16 +246,17 @@ class _Job:
     def _measured(self, config: TrainConfig, run: Path, name: str) -> dict[str, Any]:
         if not self.tasks:
             return {}
-        adapter = [] if config.method == "full" else ["--adapter", run]
-        return self._asked(config, adapter, self.folder / "items" / name, run=run)
+        if config.method == "full":
+            model: list[object] = [run / "adapter"]
+        else:
+            base = run / BASE if has_own_base(config) else config.model
+            model = [base, "--adapter", run]
+        return self._asked(config, model, self.folder / "items" / name)
 
-    def _asked(
-        self, config: TrainConfig, adapter: Sequence[object], items: Path, run: Path | None = None
-    ) -> dict[str, Any]:
+    def _asked(self, config: TrainConfig, model: Sequence[object], items: Path) -> dict[str, Any]:
         """What `fourbit eval` finds, with what each item gave."""
         options = self.options
-        tuned = config.method == "full" and run is not None
-        words: list[object] = ["eval", run / "adapter" if run and tuned else config.model, *adapter]
+        words: list[object] = ["eval", *model]
         words += ["--quant", config.quant.quant_type if quantized_base(config.method) else "none"]
         if quantized_base(config.method) and config.quant.quant_type != "int8":
             words += ["--blocksize", config.quant.blocksize]

@@ -27,6 +27,7 @@ _PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "int8": (("quant.quant_type", "int8"),),
     "double": (("quant.double_quant", "true"),),
     "single": (("quant.double_quant", "false"),),
+    "calibrated": (("quant.calibrate", "data"),),
     "attention": (("lora.target_modules", r".*(attn|attention).*"),),
     "mlp": (("lora.target_modules", r".*(mlp|feed_forward).*"),),
     "rslora": (("lora.use_rslora", "true"),),
@@ -106,13 +107,6 @@ def _overridden(values: dict[str, Any], variant: Variant) -> TrainConfig:
             raise InputError(
                 error.code, where=f"{variant.name}, {where}", what=error.what, fix=error.fix
             ) from None
-    if config.quant.calibrate is not None:
-        raise InputError(
-            "bad-argument",
-            where=f"{variant.name}, quant.calibrate",
-            what="a comparison sets every method against the same untouched base",
-            fix="calibrate it before: fourbit quantize MODEL -o BASE --calibrate FILE",
-        )
     return config
 
 
@@ -202,3 +196,8 @@ def held(config: TrainConfig) -> str:
     quant = config.quant
     double = "double" if quant.double_quant else "single"
     return f"{quant.quant_type}-{quant.blocksize}-{double}"
+
+
+def has_own_base(config: TrainConfig) -> bool:
+    """Whether a run makes its base for itself, in its own folder."""
+    return quantized_base(config.method) and config.quant.calibrate is not None
