@@ -118,7 +118,9 @@ class _Job:
                 found = json.loads(state.read_text(encoding="utf-8")).get("identity")
             except (ValueError, AttributeError):
                 found = None
-            changed = _first_difference(found, json.loads(valid_json(wanted)))
+            wanted = json.loads(valid_json(wanted))
+            _fill_in_defaults(found, wanted)
+            changed = _first_difference(found, wanted)
             if not changed and found is not None:
                 self._keep_others(found)
             if changed:
@@ -297,6 +299,16 @@ def _each(path: Path) -> list[dict[str, Any]]:
             what=str(error),
             fix="remove it, and start the comparison again",
         ) from None
+
+
+def _fill_in_defaults(found: Any, wanted: Mapping[str, Any]) -> None:
+    """Gives stored settings those that a newer version added, at their defaults."""
+    defaults = json.loads(valid_json(flatten(TrainConfig().model_dump(mode="json"))))
+    stored = found.get("settings") if isinstance(found, dict) else None
+    for name, flat in stored.items() if isinstance(stored, dict) else ():
+        if isinstance(flat, dict):
+            for key in wanted["settings"].get(name, {}).keys() & defaults.keys():
+                flat.setdefault(key, defaults[key])
 
 
 def _first_difference(found: Any, wanted: Any, where: str = "") -> str:
