@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -257,6 +260,25 @@ def test_train_help_lists_every_setting(call):
     _, out, _ = call("train", "--help")
     for option in options(TrainConfig):
         assert f"--{option.key}" in out
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_waiting_threads_sleep_unless_the_user_chose(given, spins):
+    code = (
+        "import os, sys; from fourbit.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **given}, capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1] == str(spins)
 
 
 def test_two_runs_in_one_directory(model_folder, tmp_path):

@@ -718,10 +718,14 @@ def _print_json(values: dict[str, Any]) -> None:
     click.echo(valid_json(values))
 
 
+_SPINS = "10000"
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Entry point: runs a command and exits with the documented code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
+    _wait_asleep()
     if arguments is None and words[:1] in (["train"], ["demo"]) and not {"-h", "--help"} & {*words}:
         from fourbit import arena
 
@@ -743,6 +747,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception as error:  # noqa: BLE001  # the last resort: one line, the rest in a file
         _crash(error, as_json)
     sys.exit(0)
+
+
+def _wait_asleep() -> None:
+    """Threads that wait for each other spin for some ten microseconds, then sleep.
+
+    libgomp's own choice is to spin for milliseconds: on a machine where another process keeps one
+    core busy, threads then hold the core that the one they wait for needs. It reads this when torch
+    is loaded; what a user has chosen stays.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def _usage(error: click.UsageError, as_json: bool) -> NoReturn:
