@@ -9,12 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 from fourbit.training import run
+from fourbit.training.keeping import Keeper
 from fourbit.training.loop import TrainLoop
 
 PLACES: dict[str, tuple[Any, str]] = {
     "load": (run, "load_model"),
     "step": (TrainLoop, "_parts"),
-    "save": (run._Run, "_require_same_adapter"),
+    "save": (Keeper, "require_same_adapter"),
     "evaluation": (TrainLoop, "evaluate"),
 }
 

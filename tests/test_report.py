@@ -16,6 +16,7 @@ from fourbit.errors import EnvironmentFault
 from fourbit.report import ReportContent, plot_summary, write_report
 from fourbit.report.charts import Series, decimate, line_chart, running_mean, tick_text, ticks
 from fourbit.report.content import curve_points
+from fourbit.report.markup import significant
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 EMPTY = ReportContent("run", {}, {}, [], {}, None, {}, [], None, {}, {})
@@ -332,3 +333,12 @@ def test_pictures_leave_pyplot_alone(tmp_path):
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "p.png")], check=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(7930.33, 2, "7,900"), (510.03, 2, "510"), (43.35, 2, "43"), (0.0603, 2, "0.06"),
+     (2882.4, 4, "2,882"), (-52.754, 4, "-52.75"), (0.0, 2, "0"), (2e12, 2, "2e+12")],
+)  # fmt: skip
+def test_significant_digits_without_exponents(value, digits, text):
+    assert significant(value, digits) == text

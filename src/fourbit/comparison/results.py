@@ -18,6 +18,7 @@ from fourbit.comparison.statistics import (
     over_seeds,
 )
 from fourbit.report import ComparedMethod, ComparisonContent
+from fourbit.report.markup import significant
 
 _LOSS = "evaluation loss"
 
@@ -266,4 +267,4 @@ def _interval(values: Mapping[int, float]) -> dict[str, Any]:
 
 def _told(interval: Mapping[str, Any], digits: int) -> str:
     value, half = interval["value"], interval["half"]
-    return f"{value:.{digits}g}" + (f" +- {half:.2g}" if half is not None else "")
+    return f"{value:.{digits}g}" + (f" +- {significant(half, 2)}" if half is not None else "")

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from fourbit.report.markup import significant
+
 # Two-sided 95% of Student's t by degrees of freedom; the last for all above.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _Z = 1.96
@@ -71,8 +73,11 @@ class Difference:
         scale, unit = (100.0, " points") if self.items else (1.0, "")
         seeds = f"{self.seeds} seed" + ("s" if self.seeds != 1 else "")
         n = f"{self.items} items x {seeds}" if self.items else seeds
-        value = f"{scale * self.value:+.1f}" if self.items else f"{self.value:+.4g}"
-        half = f"{scale * self.half:.1f}" if self.items else f"{self.half:.2g}"
+        if self.items:
+            value, half = f"{scale * self.value:+.1f}", f"{scale * self.half:.1f}"
+        else:
+            sign = "+" if self.value >= 0 else ""
+            value, half = sign + significant(self.value, 4), significant(self.half, 2)
         told = f"{value} +- {half}{unit}"
         if math.isnan(self.half):
             return (

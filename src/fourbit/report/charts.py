@@ -275,8 +275,11 @@ def interval_chart(spans: Sequence[Span], *, summary: str, before: float | None 
     for level in levels:
         body.append(f'<path class="grid" d="M{x(level):.1f} 0V{bottom}"/>')
         label = tick_text(level, levels[1] - levels[0])
-        place = f'x="{x(level):.1f}" y="{bottom + 22}"'
-        body.append(f'<text {place} text-anchor="middle">{label}</text>')
+        # the first begins at the edge: letters are larger on paper and on a phone
+        first = level == levels[0]
+        place = f'x="{0 if first else x(level):.1f}" y="{bottom + 22}"'
+        anchor = "start" if first else "middle"
+        body.append(f'<text {place} text-anchor="{anchor}">{label}</text>')
     if before is not None:
         body.append(f'<path class="curve limit" d="M{x(before):.1f} 0V{bottom}"/>')
     for row, span in enumerate(spans):

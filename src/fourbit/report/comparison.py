@@ -20,7 +20,6 @@ from fourbit.report.charts import (
 )
 from fourbit.report.content import PARTS, curve_points, evaluations
 from fourbit.report.markup import (
-    facts_table,
     figure,
     html_page,
     html_section,
@@ -28,6 +27,8 @@ from fourbit.report.markup import (
     plain,
     remark,
     shown_text,
+    significant,
+    value_text,
 )
 from fourbit.report.style import CSS, PART_COLORS
 
@@ -89,11 +90,16 @@ def _page(content: ComparisonContent) -> str:
         html_section("Results", _quality(content) + _scores(content)),
         html_section("Memory and speed", _cost_table(content) + _memory(content)),
         html_section("Training", _curves(content)),
-        html_section("Settings", facts_table(content.common, "What all methods share")),
+        html_section("Settings", _settings(content.common)),
     )
     return html_page(
         content.title, maker="fourbit comparison", lead=lead, body="\n".join(sections), css=CSS
     )
+
+
+def _settings(common: Mapping[str, Any]) -> str:
+    rows = [[f"<code>{plain(key)}</code>", plain(value_text(key, v))] for key, v in common.items()]
+    return html_table("What all methods share", ("setting", "value"), rows)
 
 
 def number(value: object, digits: int = 4) -> str:
@@ -107,7 +113,7 @@ def _interval(found: Mapping[str, Any] | None) -> str:
     if not found or found.get("value") is None:
         return "–"
     half = found.get("half")
-    return number(found["value"]) + (f" ± {half:.2g}" if half is not None else "")
+    return number(found["value"]) + (f" ± {significant(half, 2)}" if half is not None else "")
 
 
 def _quality(content: ComparisonContent) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -122,6 +123,13 @@ def value_text(key: str, value: Any) -> str:
 def spoken(key: str) -> str:
     """A key as words."""
     return key.replace("_", " ")
+
+
+def significant(value: float, digits: int) -> str:
+    """So many digits that mean something, without an exponent for what people can read."""
+    if not 10 ** (digits - 1) <= abs(value) < 1e9:
+        return f"{value:.{digits}g}"
+    return f"{round(value, digits - 1 - math.floor(math.log10(abs(value)))):,.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel
 
 from fourbit import __version__, arena, checkpoint, planning
 from fourbit import device as devices
-from fourbit.data import BatchPlan, PreparedData, Rows, collate, prepare, prompt_of, read_rows
-from fourbit.distributed import Ranks, is_shard, joined, restarts, whole
+from fourbit.data import collate, prompt_of
+from fourbit.distributed import Ranks, is_shard, joined, restarts
 from fourbit.errors import (
     EnvironmentFault,
     FourbitError,
     InputError,
     Interrupted,
     Preempted,
-    VerificationFailed,
 )
 from fourbit.files import human_bytes
 from fourbit.generate import Generator, Sampling, pad_id
@@ -31,69 +30,38 @@ from fourbit.integrations.transformers import enable_checkpointing
 from fourbit.linear import parameter_counts
 from fourbit.loading import (
     LoadOptions,
-    load_config,
     load_model,
-    load_tokenizer,
-    stored_quantization,
     unquantized_tensors,
 )
 from fourbit.methods import quantized_base, trains_prompt
 from fourbit.objective import Objective, mixed_precision
 from fourbit.optim import build_optimizer
-from fourbit.receipt import Check, Receipt, Watch, combined_digest, read_receipt, tensor_digest
+from fourbit.receipt import Check, Receipt, Watch, combined_digest, read_receipt
 from fourbit.rundir import RunDir, UnwrittenRunDir
-from fourbit.settings import Resolved, dump_settings, replaced
-from fourbit.sources import ModelSource, resolve_source
+from fourbit.settings import Resolved, dump_settings
 from fourbit.training import reporting
 from fourbit.training.adapter import (
-    ADAPTER_FILE,
-    OPTIMIZER_FILE,
     SAVE_DTYPES,
     inject,
-    restore_trainable,
     save_adapter,
-    trainable_state,
 )
-from fourbit.training.calibrated import BASE, calibrated_base
 from fourbit.training.card import model_card
 from fourbit.training.checkup import check_up
-from fourbit.training.config import RunQuant, TrainConfig
+from fourbit.training.config import TrainConfig
 from fourbit.training.exchange import Exchange
-from fourbit.training.loop import LoopState, StepResult, TrainLoop
+from fourbit.training.keeping import Keeper
+from fourbit.training.loop import StepResult, TrainLoop
+from fourbit.training.preparation import Preparation
 from fourbit.training.progress import Reporter, Silent
-from fourbit.training.prompts import inject_prompt, settle, text_context
+from fourbit.training.prompts import inject_prompt
 from fourbit.training.sharding import Sharding
 from fourbit.training.shared_base import packed_once
 from fourbit.training.signals import SignalGuard
-from fourbit.training.tracking import Tracker, require_tracker
+from fourbit.training.tracking import Tracker
 
-_SAVE_FAILURES = 3
 _SAMPLE_TOKENS = 96
 _WORTH_COMPARING = 30.0
 """Seconds of training from which the report also shows what other methods would have taken."""
-_DECIDES_THE_RESULT = {"data.max_length", "lora.r"}
-"""What a budget may recommend, but not change unasked."""
-_WARN_ONLY = {"versions", "settings.optim.paged"}
-_FREE_TO_CHANGE = {
-    "output",
-    "eval_every",
-    "save_every",
-    "save_total_limit",
-    "samples",
-    "report_to",
-    "resume",
-    "gradient_checkpointing",
-    "budget",
-    "rehearsal",
-    "save_dtype",
-    "keep_best",
-    "early_stopping",
-    "model",
-    "revision",
-    "parallel",
-    "deterministic",
-}
-"""Settings that may differ on resume: they decide no bit of the adapter (the base is hashed)."""
 
 
 @dataclass
@@ -161,7 +129,7 @@ def train(
     with SignalGuard() as guard, devices.repeatable(config.deterministic):
         run.guard = guard
         if dry_run:
-            run.prepare()
+            run.ready.run()
             return run.result(None, dry_run=True)
         with _open_folder(config, overwrite, ranks) as folder:
             run.open(folder)
@@ -206,43 +174,24 @@ def _out_of_memory(error: BaseException, where: str) -> EnvironmentFault:
     )
 
 
-def _does_not_fit(plan: planning.Plan, budget: str | None, how: str) -> EnvironmentFault:
-    """``plan`` is of the nearest settings, or of the least where nothing fits."""
-    fix = f"take {plan.flags}"
-    if not plan.fits:
-        least = f"{plan.peak_bytes / 1e6:,.0f} MB, with {plan.flags}"
-        fix = f"take a larger budget or a smaller model; the least is {least}"
-    return EnvironmentFault(
-        "does-not-fit",
-        where="budget",
-        what=f"the run does not fit into {budget} ({how})",
-        fix=fix,
-    )
-
-
 class _Run:
     """The phases of one run, in order; state they share."""
 
     guard: SignalGuard
     folder: RunDir
-    source: ModelSource
-    model_config: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    data: PreparedData
-    plan: planning.Plan
     model: nn.Module
     objective: Objective
     loop: TrainLoop
     watch: Watch
+    keeper: Keeper
     tracker: Tracker
 
     def __init__(
         self, config: TrainConfig, origins: dict[str, str], reporter: Reporter, ranks: Ranks
     ) -> None:
-        self.config, self.origins, self.say, self.ranks = config, origins, reporter, ranks
+        self.ready = Preparation(config, origins, reporter, ranks)
+        self.say, self.ranks = reporter, ranks
         self.sharding: Sharding | None = None
-        self.save_failures = 0
-        self.gave_way: dict[str, Any] = {}
         self.rehearsed: int | None = None
         self.told_paths: dict[str, int] = {}
         self.optimizer_facts: dict[str, Any] = {}
@@ -252,19 +201,19 @@ class _Run:
         self.folder = folder
         self.say.log = folder.log
         self.ranks.tell(folder.log)
-        if self.config.resume != "never":
+        if self.ready.config.resume != "never":
             found = reporting.gave_way(folder) if self.ranks.first else {}
-            self.gave_way = self.ranks.shared(found)
+            self.ready.gave_way = self.ranks.shared(found)
 
     def execute(self) -> TrainResult:
         """All phases."""
-        self.prepare()
-        self._calibrate()
-        resolved = Resolved(self.config, self.origins)
+        self.ready.run()
+        self.ready.calibrate(self.folder.path)
+        resolved = Resolved(self.ready.config, self.ready.origins)
         self.folder.write_text(self.folder.config_path, dump_settings(resolved))
         self._write_plan()
         self.load()
-        resumed = self.resume()
+        resumed = self.keeper.resume()
         if not resumed:
             self.folder.truncate_metrics(-1)
             self.rehearse()
@@ -296,233 +245,35 @@ class _Run:
         self.folder.write_json(
             reporting.PLAN_FILE,
             {
-                "plan": self.plan.as_dict(),
+                "plan": self.ready.plan.as_dict(),
                 "rehearsed_peak_bytes": self.rehearsed,
-                "audit": self.data.audit.as_dict(),
+                "audit": self.ready.data.audit.as_dict(),
                 "machine": devices.machine().as_dict(),
                 "arena": arena.active(),
-                "origins": self.origins,
+                "origins": self.ready.origins,
             },
         )
-
-    # Before a model is loaded: everything a user's mistake can be found in.
-
-    def prepare(self) -> None:
-        """Data, model files, tokens and the plan."""
-        self.ranks.phase("reading data and settings")
-        self._require_same_settings()
-        require_tracker(self.config.report_to)
-        if self.config.data.train is None:
-            raise InputError(
-                "no-data",
-                where="data.train",
-                what="no training data given",
-                fix="--data FILE, or data: {train: FILE} in the configuration",
-            )
-        self._settle()
-        device = devices.default_device()
-        self.dtype = devices.resolve_precision(self.config.precision, device)
-        self._require_divisible()
-        rows = read_rows(self.config.data)
-        self.source = resolve_source(self.config.model, revision=self.config.revision)
-        trust = self.config.trust_remote_code
-        self.model_config = load_config(self.source, trust_remote_code=trust)
-        self._adopt_stored_format()
-        self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust)
-        self.context = text_context(self.config, self.model_config)
-        self._cap_length()
-        self._tokenize(rows)
-        self.ranks.require_same(
-            {"the fingerprint of the data": self.data.fingerprint},
-            fix="give every host the same files",
-        )
-        self._plan(device)
-
-    def _require_divisible(self) -> None:
-        """Divided layers exclude what would need whole tensors, or another reduction.
-
-        Raises:
-            InputError: naming the setting.
-        """
-        if not self.divides:
-            return
-        wrong = {
-            "optim.optim_bits: 8 scales blocks of whole tensors": self.config.optim.optim_bits == 8,
-            "precision: fp16 needs one scaler for all parts": self.dtype == torch.float16,
-        }
-        for what in (what for what, is_so in wrong.items() if is_so):
-            raise InputError(
-                "not-divisible",
-                where="parallel",
-                what=f"fsdp divides tensors, and {what}",
-                fix="use optim_bits: 32 and precision: bf16 or fp32, or parallel: ddp",
-            )
-
-    def _require_same_settings(self) -> None:
-        """Ranks may read their configuration from different disks."""
-        settings = reporting.flatten(self.config.model_dump(mode="json"))
-        self.ranks.require_same(
-            {f"setting {key}": value for key, value in settings.items()},
-            fix="start every process with the same configuration",
-        )
-
-    def _settle(self) -> None:
-        self.config, notes = settle(self.config)
-        for note in notes:
-            self.origins[note.key] = note.origin
-            self.say.line(note.line)
-
-    def _adopt_stored_format(self) -> None:
-        """A base that is quantized already keeps its bytes; only some methods can use it."""
-        stored = stored_quantization(self.source)
-        if stored is None:
-            return
-        kind = stored.quant.quant_type
-        if self.config.method in ("lora", "full"):
-            raise InputError(
-                "quantized-base",
-                where="method",
-                what=f"{self.config.model} is already quantized ({kind}),"
-                f" method {self.config.method} trains 16-bit weights",
-                fix="use method: qlora, or the 16-bit model",
-            )
-        if self.config.quant.calibrate is not None:
-            raise InputError(
-                "quantized-base",
-                where="quant.calibrate",
-                what=f"{self.config.model} is already quantized ({kind}); calibration chooses codes"
-                " for 16-bit weights",
-                fix="leave it out, or name the 16-bit model",
-            )
-        quant = stored.quant.model_copy(update={"compute_dtype": self.config.quant.compute_dtype})
-        self.config = self.config.model_copy(update={"quant": RunQuant.of(quant)})
-        self.origins["quant.quant_type"] = "the checkpoint"
-        self.say.line(f"the base is already quantized: {kind}, its bytes are used as they are")
-
-    def _calibrate(self) -> None:
-        """The run goes on with a base of its own, where that was asked for."""
-        if self.config.quant.calibrate is None:
-            return
-        original = self.source.name
-        self.ranks.phase("calibrating the base")
-        ids, base = self.data.train.ids, self.folder.path / BASE
-        if self.ranks.first:
-            revision = self.source.revision
-            calibrated_base(self.config, ids, self.folder.path, self.say, revision=revision)
-        self.ranks.shared(None)  # the others wait for it
-        quant = self.config.quant.model_copy(update={"calibrate": None})
-        self.config = self.config.model_copy(
-            update={"model": str(base), "revision": None, "quant": quant}
-        )
-        self.source = resolve_source(str(base))
-        self.origins["model"] = f"calibrated from {original}"
-        self._adopt_stored_format()
-
-    def _cap_length(self) -> None:
-        """A default length above the model's context is no wish: it becomes the context."""
-        context = self.context
-        asked = self.origins.get("data.max_length", "default") != "default"
-        if asked or not context or self.config.data.max_length <= context:
-            return
-        data = self.config.data.model_copy(update={"max_length": context})
-        self.config = self.config.model_copy(update={"data": data})
-        self.origins["data.max_length"] = "the model's context"
-        self.say.line(f"data.max_length: {context}, the model's context")
-
-    def _tokenize(self, rows: Rows) -> None:
-        text_config = self.model_config.get_text_config()
-        count = len(rows.train) + len(rows.eval or ())
-        with self.say.task("tokenizing", total=count) as advance:
-            self.data = prepare(
-                self.config.data,
-                rows,
-                self.tokenizer,
-                seed=self.config.seed,
-                vocab_size=text_config.vocab_size,
-                context_length=self.context,
-                progress=lambda done, _total: advance(done, ""),
-            )
-        for text in self.data.audit.lines():
-            self.say.line(text)
-
-    def _batches(self, dataset: Any, *, seed: int) -> BatchPlan:
-        data = self.config.data
-        return BatchPlan(
-            dataset,
-            max_length=data.max_length,
-            packing=data.packing,
-            batch_size=self.config.batch_size,
-            seed=seed,
-        )
-
-    def _plan(self, device: torch.device) -> None:
-        here = planning.Room.here(
-            device, budget=self.config.budget_bytes, processes=self.ranks.here
-        )
-        # all have to come to the same plan
-        rooms = self.ranks.gather([here.available, here.baseline])
-        known = [available for available, _ in rooms if available is not None]
-        least = min(known) if len(known) == len(rooms) else None
-        self.room = replace(here, available=least, baseline=max(base for _, base in rooms))
-        if self.config.budget is None:
-            self.plan = planning.plan_training(self.model_config, self._shape(), self.room)
-            self._choose_parallel()
-        else:
-            # what is resumed keeps the batches it began with
-            self.config = replaced(self.config, self.gave_way)
-            self.plan = planning.recommend(self.model_config, self._shape(), self.room)
-            self._give_way(self.gave_way | self.plan.recommended)
-        for text in self.plan.lines():
-            self.say.line(text)
-
-    def _choose_parallel(self) -> None:
-        """Divides the layers where the whole base does not fit into each process."""
-        possible = self.config.optim.optim_bits == 32 and self.dtype != torch.float16
-        if self.ranks.alone or self.config.parallel != "auto":
-            return
-        if self.plan.fits is False and possible:
-            divided = self.config.model_copy(update={"parallel": "fsdp"})
-            plan = planning.plan_training(self.model_config, self._shape(divided), self.room)
-            if plan.fits:
-                self.config, self.plan = divided, plan
-                self.origins["parallel"] = "the plan"
-                self.say.line("parallel: fsdp, as the whole base does not fit into each process")
-
-    def _shape(self, config: TrainConfig | None = None) -> planning.TrainingShape:
-        return (config or self.config).shape(
-            dtype=self.dtype,
-            length=int(self.data.train.lengths.max()),
-            kernels=planning.kernels_of(devices.default_device()),
-            processes=self.ranks.size,
-        )
-
-    def _give_way(self, settings: Mapping[str, Any]) -> None:
-        """Takes the settings that fit into the budget, unless they would train something else."""
-        if self.plan.fits is False or settings.keys() & _DECIDES_THE_RESULT:
-            raise _does_not_fit(self.plan, self.config.budget, "planned")
-        self.plan = replace(self.plan, recommended=dict(settings))
-        self.config = replaced(self.config, settings)
-        self.origins |= dict.fromkeys(settings, "the budget")
 
     # The model.
 
     def load(self) -> None:
         """Weights, adapters, optimizer, and the proofs that need a loaded model."""
-        config = self.config
+        config = self.ready.config
         self.ranks.phase("loading the model")
-        self.say.line(f"loading {self.source.name} ({self.source.kind})")
+        self.say.line(f"loading {self.ready.source.name} ({self.ready.source.kind})")
         began = time.perf_counter()
         full = config.method == "full"
         options = LoadOptions(
             quant=config.quant if quantized_base(config.method) else None,
-            dtype=torch.float32 if full else self.dtype,
+            dtype=torch.float32 if full else self.ready.dtype,
             # what is divided need not fit where it is used before it is
-            device=torch.device("cpu") if self.divides else None,
+            device=torch.device("cpu") if self.ready.divides else None,
             attn_implementation=config.attn_implementation,
             trust_remote_code=config.trust_remote_code,
         )
-        with packed_once(self.source, config, self.folder.path, self.ranks, self.say) as source:
-            base = load_model(source, options)
+        source = self.ready.source
+        with packed_once(source, config, self.folder.path, self.ranks, self.say) as packed:
+            base = load_model(packed, options)
         self.say.line(f"loaded in {time.perf_counter() - began:.1f} s")
         if quantized_base(config.method):
             for tensor in unquantized_tensors(base):
@@ -530,8 +281,8 @@ class _Run:
                     f"not quantized: {tensor.name}, {human_bytes(tensor.bytes)}"
                     f" ({tensor.share:.0%} of the model)"
                 )
-        if self.plan.checkpointing:
-            enable_checkpointing(base, layers=self.plan.recomputed_layers)
+        if self.ready.plan.checkpointing:
+            enable_checkpointing(base, layers=self.ready.plan.recomputed_layers)
         if full:
             base.requires_grad_(True)
             self.model = base
@@ -540,14 +291,9 @@ class _Run:
             self.model = self._injected(base)
         trainable, total = parameter_counts(self.model)
         self.say.line(f"trainable: {trainable:,} of {total:,} parameters")
-        if self.divides:
+        if self.ready.divides:
             self._divide()
         self._assemble()
-
-    @property
-    def divides(self) -> bool:
-        """Whether each process holds only a part of the layers."""
-        return self.config.parallel == "fsdp" and not self.ranks.alone
 
     def _divide(self) -> None:
         self.sharding = sharding = Sharding(self.model, self.ranks, devices.default_device())
@@ -561,21 +307,21 @@ class _Run:
         )
 
     def _injected(self, base: PreTrainedModel) -> nn.Module:
-        config = self.config
+        config = self.ready.config
         if trains_prompt(config.method):
-            return inject_prompt(base, config, self.tokenizer, base=self.source.name)
-        return inject(base, config.lora, seed=config.seed, base=self.source.name)
+            return inject_prompt(base, config, self.ready.tokenizer, base=self.ready.source.name)
+        return inject(base, config.lora, seed=config.seed, base=self.ready.source.name)
 
     def _assemble(self) -> None:
-        config = self.config
-        mixed = mixed_precision(self.model, self.dtype, config.method)
+        config = self.ready.config
+        mixed = mixed_precision(self.model, self.ready.dtype, config.method)
         self.objective = Objective(self.model, mixed)
         if config.gradient_checkpointing == "offload":
             self.objective.offload_activations(self.folder.path)
         base = self.objective.base
-        batches = self._batches(self.data.train, seed=config.seed)
-        pad = pad_id(self.tokenizer)
-        first = collate(self.data.train, batches.epoch(0)[0], pad_id=pad)
+        batches = self.ready.batches(self.ready.data.train, seed=config.seed)
+        pad = pad_id(self.ready.tokenizer)
+        first = collate(self.ready.data.train, batches.epoch(0)[0], pad_id=pad)
         if not self.objective.choose_head(first):
             self.say.warn("this architecture's head is not linear: the loss uses full logits")
         if config.data.packing:
@@ -584,7 +330,7 @@ class _Run:
         optimizer = build_optimizer(
             (p for p in self.model.parameters() if p.requires_grad),
             config.optim,
-            paged="always" if self.plan.paged else config.optim.paged,
+            paged="always" if self.ready.plan.paged else config.optim.paged,
             folder=self.folder.path if self.folder.path.is_dir() else None,
         )
         self.ranks.phase("hashing the base")
@@ -601,12 +347,13 @@ class _Run:
         self.loop = TrainLoop(
             config,
             objective=self.objective,
-            dataset=self.data.train,
+            dataset=self.ready.data.train,
             batches=batches,
             optimizer=optimizer,
             watch=self.watch,
             pad_id=pad,
         )
+        self.keeper = Keeper(self.ready, self.folder, self.model, self.loop, self.watch)
         self.loop.exchange = Exchange(self.loop.parameters, self.ranks, self.sharding)
         self.loop.note = self.say.warn_alone
         if config.grad_accum < self.ranks.size:
@@ -622,160 +369,28 @@ class _Run:
             warn=self.say.warn,
         )
 
-    def identity(self) -> dict[str, Any]:
-        """What must be equal between a checkpoint and the run that resumes it."""
-        settings = self.config.model_dump(mode="json")
-        settings = {k: v for k, v in settings.items() if k not in _FREE_TO_CHANGE}
-        settings.pop("data")  # its fingerprint covers contents and settings
-        if not trains_prompt(self.config.method):
-            settings.pop("prompt")  # runs of versions that had none can be resumed
-        return {
-            "settings": settings,
-            "data": self.data.fingerprint,
-            "base": self.watch.state()["base_before"],
-            "precision": str(self.dtype),
-            "versions": {"fourbit": __version__, "torch": torch.__version__},
-        }
-
-    # Resume and checkpoints.
-
-    def resume(self) -> bool:
-        """Continues from a checkpoint; False when there is none to continue from."""
-        if self.config.resume == "never":
-            return False
-        self.ranks.phase("resuming")
-        saved = self._newest() if self.ranks.first else None
-        step = self.ranks.shared(None if saved is None else saved.step)
-        if step is None:
-            return False
-        self._restore(saved)
-        dropped = self.folder.truncate_metrics(step)
-        self.say.line(f"resumed at step {step} ({dropped} later lines of metrics dropped)")
-        return True
-
-    def _newest(self) -> checkpoint.Checkpoint | None:
-        folder = self.folder.checkpoints_dir
-        checkpoint.clean_staging(folder)
-        if self.config.resume == "auto":
-            path, skipped = checkpoint.newest(folder)
-            for reason in skipped:
-                self.say.warn(f"skipped a damaged checkpoint: {reason}")
-        else:
-            path = checkpoint.at_step(folder, step=int(self.config.resume))
-        if path is None:
-            self.say.line("no checkpoint to resume from: starting at step 0")
-            return None
-        saved = checkpoint.load(path, lazily={OPTIMIZER_FILE})
-        warnings = checkpoint.require_same_identity(
-            saved.identity, self.identity(), warn_only=_WARN_ONLY, where=str(path)
-        )
-        for text in warnings:
-            self.say.warn(text)
-        checkpoint.set_aside_after(folder, step=saved.step)
-        return saved
-
-    def _restore(self, saved: checkpoint.Checkpoint | None) -> None:
-        """Takes over what the first process has read; the others may not see its disk."""
-        documents = self.ranks.shared(None if saved is None else saved.documents)
-        self._restore_adapter(saved)
-        moments = None if saved is None else saved.tensors[OPTIMIZER_FILE]
-        self.loop.restore_optimizer(self.ranks.shared_tensors(moments))
-        self.loop.state = LoopState.from_dict(documents["state.json"])
-        if self.loop.state.recompute:
-            self.objective.recompute_activations()
-        if self.loop.state.offload:
-            self.objective.offload_to_host()
-        self.loop.scaler.load_state_dict(documents["scaler.json"])
-        self.watch.restore(documents["evidence.json"])
-
-    def _restore_adapter(self, saved: checkpoint.Checkpoint | None) -> None:
-        adapter = self.ranks.shared_tensors(None if saved is None else saved.tensors[ADAPTER_FILE])
-        restore_trainable(self.model, dict(adapter.items()))
-
-    def save(self) -> bool:
-        """A checkpoint of this moment; a full disk does not end the run."""
-        state = self.loop.state
-        self.ranks.phase(f"saving step {state.step}")
-        adapter = {name: whole(t) for name, t in trainable_state(self.model).items()}
-        self._require_same_adapter(adapter)
-        failure: EnvironmentFault | None = None
-        with self.ranks.asking(self.loop.optimizer_state(), divided=self.divides) as moments:
-            if self.ranks.first:
-                failure = self._write_checkpoint(adapter, moments)
-        told = self.ranks.shared(None if failure is None else failure.as_dict())
-        if told is not None:
-            self.save_failures += 1
-            self.say.warn(f"checkpoint at step {state.step} not saved: {told['what']}")
-            if self.save_failures >= _SAVE_FAILURES:
-                raise failure or EnvironmentFault(**told)
-            return False
-        self.save_failures = 0
-        if self.ranks.first:
-            protect = {state.best_step} if self.config.keep_best and state.best_step else set()
-            checkpoint.retain(
-                self.folder.checkpoints_dir, limit=self.config.save_total_limit, protect=protect
-            )
-        return True
-
-    def _write_checkpoint(
-        self, adapter: Mapping[str, Tensor], moments: Mapping[str, Tensor]
-    ) -> EnvironmentFault | None:
-        """Writes and gives its name to what was written; the fault of the disk, if any."""
-        try:
-            checkpoint.save(
-                self.folder.checkpoints_dir,
-                step=self.loop.state.step,
-                tensors={ADAPTER_FILE: adapter, OPTIMIZER_FILE: moments},
-                documents={
-                    "state.json": self.loop.state.as_dict(),
-                    "scaler.json": self.loop.scaler.state_dict(),
-                    "evidence.json": self.watch.state(),
-                },
-                identity=self.identity(),
-                agree=self.ranks.require_all_there,
-            )
-        except EnvironmentFault as error:
-            return error
-        return None
-
-    def _require_same_adapter(self, adapter: Mapping[str, Tensor]) -> None:
-        """What every process has trained is the same, or one of them computes wrongly."""
-        if self.ranks.alone:
-            return
-        digests = {name: tensor_digest(tensor) for name, tensor in adapter.items()}
-        everybody = self.ranks.gather(combined_digest(digests))
-        for rank, theirs in enumerate(everybody):
-            if theirs != everybody[0]:
-                raise VerificationFailed(
-                    "ranks-diverged",
-                    where=f"rank {rank}, step {self.loop.state.step}",
-                    what="its adapter is not that of rank 0",
-                    fix="check that host's memory and processor; --resume auto goes on from the"
-                    " last checkpoint",
-                )
-
     # Training.
 
     def rehearse(self) -> None:
         """The longest batch once, before anything is trained; a run that does not fit ends here."""
-        if not self.config.rehearsal:
+        if not self.ready.config.rehearsal:
             return
         self.say.line("rehearsing the longest batch")
         reached = self.rehearsed = self.ranks.highest(self.loop.rehearse() or 0) or None
         if reached is None:
             return
-        planned = self.plan.peak_bytes
+        planned = self.ready.plan.peak_bytes
         self.say.line(
             f"rehearsal: {human_bytes(reached)} at the highest, planned {human_bytes(planned)}"
             f" ({planned / reached - 1:+.1%})"
         )
         self._write_plan()
-        budget = self.config.budget_bytes
+        budget = self.ready.config.budget_bytes
         if budget is not None and reached > budget:
-            less = replace(self.room, available=int(budget * planned / reached))
-            nearest = planning.recommend(self.model_config, self._shape(), less)
+            less = replace(self.ready.room, available=int(budget * planned / reached))
+            nearest = planning.recommend(self.ready.model_config, self.ready.shape(), less)
             measured = f"measured: {human_bytes(reached)}"
-            raise _does_not_fit(nearest, self.config.budget, measured)
+            raise self.ready.does_not_fit(nearest, measured)
 
     def before(self) -> None:
         """Evaluation loss and samples of the untouched model."""
@@ -786,28 +401,27 @@ class _Run:
             self.loop.state.samples_before = self._samples("before", model)
 
     def _evaluate(self, title: str) -> float | None:
-        if self.data.eval is None:
+        held_out = self.ready.data.eval
+        if held_out is None:
             return None
-        batches = self._batches(self.data.eval, seed=0)
+        batches = self.ready.batches(held_out, seed=0)
         self.ranks.phase(f"evaluation after step {self.loop.state.step}")
         self.say.line(title)
-        loss = self.loop.evaluate(
-            self.data.eval, batches, stop=lambda: self.guard.caught is not None
-        )
+        loss = self.loop.evaluate(held_out, batches, stop=lambda: self.guard.caught is not None)
         if loss is not None:
-            self.say.line(f"evaluation loss {loss:.4f} ({self.data.eval.num_supervised:,} tokens)")
+            self.say.line(f"evaluation loss {loss:.4f} ({held_out.num_supervised:,} tokens)")
         return loss
 
     def _samples(self, key: str, model: nn.Module) -> list[dict[str, str]]:
-        prompts = [p for e in self.data.eval_examples if (p := prompt_of(e)) is not None]
-        prompts = prompts[: self.config.samples]
+        prompts = [p for e in self.ready.data.eval_examples if (p := prompt_of(e)) is not None]
+        prompts = prompts[: self.ready.config.samples]
         if not prompts or not self.ranks.first:
             return []
-        if self.divides:
+        if self.ready.divides:
             self.say.line("no samples: divided layers do not generate; see fourbit generate")
             return []
         self.ranks.phase("generating samples")
-        generator = Generator(model, self.tokenizer, self.data.template)
+        generator = Generator(model, self.ready.tokenizer, self.ready.data.template)
         ids = [generator.prompt_ids(p.messages) for p in prompts]
         with self.objective.autocast():
             answers = generator.answers(ids, Sampling(max_new_tokens=_SAMPLE_TOKENS))
@@ -846,7 +460,7 @@ class _Run:
                     break
         loop.take_peak()
         self.watch.stop()
-        self.save()
+        self.keeper.save()
         self.optimizer_facts = self.loop.optimizer.described()
         self.loop.optimizer.forget()  # what follows needs the room
         devices.release_memory()
@@ -868,12 +482,12 @@ class _Run:
                 self._judge(loss, state.step)
 
     def _patience_is_over(self) -> bool:
-        patience = self.config.early_stopping
+        patience = self.ready.config.early_stopping
         return patience is not None and self.loop.state.worse_evals >= patience
 
     def _after_step(self, result: StepResult) -> bool:
         """Metrics, evaluation, checkpoint; True to stop early."""
-        config, step = self.config, result.step
+        config, step = self.ready.config, result.step
         values = result.as_dict()
         if not result.updated:
             self.say.warn(
@@ -884,7 +498,7 @@ class _Run:
         stop = improved = False
         if config.eval_every and step % config.eval_every == 0 and not last:
             loss = self._evaluate(f"evaluating at step {step}")
-            self.loop.state.pending_eval = loss is None and self.data.eval is not None
+            self.loop.state.pending_eval = loss is None and self.ready.data.eval is not None
             if loss is not None:
                 values["eval_loss"] = loss
                 improved = self._judge(loss, step)
@@ -893,7 +507,7 @@ class _Run:
         caught = self.ranks.highest(self.guard.caught or 0) or None
         due = bool(config.save_every) and step % config.save_every == 0
         if (due or improved or caught is not None) and not last:
-            saved = self.save()
+            saved = self.keeper.save()
             if caught is not None:
                 place = checkpoint.step_name(step) if saved else None
                 self.ranks.end_together()
@@ -905,7 +519,7 @@ class _Run:
         state = self.loop.state
         if state.best_eval is None or loss < state.best_eval:
             state.best_eval, state.best_step, state.worse_evals = loss, step, 0
-            return self.config.keep_best
+            return self.ready.config.keep_best
         state.worse_evals += 1
         return False
 
@@ -918,8 +532,8 @@ class _Run:
         if loss is not None:
             improved = self._judge(loss, state.step)
             self._append_eval(state.step, loss)
-            if self.config.keep_best and not improved and state.best_step:
-                self._take_best(state.best_step)
+            if self.ready.config.keep_best and not improved and state.best_step:
+                self.keeper.take_best(state.best_step)
                 loss = state.best_eval
         self.eval_after = loss
         after = self._samples("after", self.model)
@@ -935,42 +549,34 @@ class _Run:
             self.folder.append_metrics({**metrics[-1], "eval_loss": loss})
         self.tracker.log({"step": step, "eval_loss": loss})
 
-    def _take_best(self, step: int) -> None:
-        saved = None
-        if self.ranks.first:
-            path = checkpoint.at_step(self.folder.checkpoints_dir, step=step)
-            saved = checkpoint.load(path, lazily={OPTIMIZER_FILE})
-        self._restore_adapter(saved)
-        self.say.line(f"keeping the adapter of step {step}, the best evaluation")
-
     def _receipt(self, samples: list[dict[str, str]]) -> Receipt:
-        config = self.config
+        config = self.ready.config
         facts = {
             "steps": self.loop.state.step,
             "eval_loss_before": self.loop.state.eval_loss_before,
             "eval_loss_after": self.eval_after,
             "adapter_step": self._adapter_step(),
         }
-        card = model_card(config, self.source, facts)
+        card = model_card(config, self.ready.source, facts)
         save_dtype = SAVE_DTYPES[config.save_dtype]
         self.ranks.phase("writing the adapter and the receipt")
         place = self.folder.adapter_dir
         save_adapter(self.model, place, save_dtype=save_dtype, card=card, ranks=self.ranks)
         if config.method == "full" and self.ranks.first:
-            self.tokenizer.save_pretrained(place)
-        self._require_same_adapter({n: whole(t) for n, t in trainable_state(self.model).items()})
+            self.ready.tokenizer.save_pretrained(place)
+        self.keeper.require_same_adapter(self.keeper.adapter())
         receipt = self.watch.finish(adapter_dir=place, save_dtype=save_dtype)
         speed = self._speed()
         receipt.facts.update(
             facts,
             fourbit=__version__,
             torch=torch.__version__,
-            base=self.source.name,
-            base_revision=self.source.revision,
-            data_fingerprint=self.data.fingerprint,
+            base=self.ready.source.name,
+            base_revision=self.ready.source.revision,
+            data_fingerprint=self.ready.data.fingerprint,
             save_dtype=config.save_dtype,
             peak_memory_bytes=self.ranks.highest(self.loop.peak or 0) or None,
-            predicted_peak_bytes=self.plan.peak_bytes,
+            predicted_peak_bytes=self.ready.plan.peak_bytes,
             rehearsed_peak_bytes=self.rehearsed,
             tokens_per_second=speed,
             train_seconds=round(self.loop.state.seconds, 3),
@@ -985,8 +591,7 @@ class _Run:
         if not self.ranks.first:
             return receipt
         if self.loop.state.seconds > _WORTH_COMPARING:
-            shape = self._shape()
-            self.plan = planning.side_by_side(self.model_config, shape, self.room, self.plan)
+            self.ready.plan_others()
             self._write_plan()
         reporting.write_run_report(self.folder)
         return receipt
@@ -1014,12 +619,12 @@ class _Run:
         facts = everybody[0]["receipt"]
         receipt.facts = {k: v for k, v in facts.items() if k not in ("ok", "checks", "findings")}
         receipt.facts["processes"] = self.ranks.size
-        receipt.facts["parallel"] = "fsdp" if self.divides else "ddp"
+        receipt.facts["parallel"] = "fsdp" if self.ready.divides else "ddp"
         receipt.facts["ranks"] = [theirs["own"] for theirs in everybody]
 
     def _adapter_step(self) -> int:
         state = self.loop.state
-        if self.config.keep_best and state.best_step is not None:
+        if self.ready.config.keep_best and state.best_step is not None:
             return state.best_step
         return state.step
 
@@ -1030,7 +635,7 @@ class _Run:
             self.say.line(f"note {finding}")
         self.say.line(
             f"peak memory {human_bytes(self.loop.peak)}, planned"
-            f" {human_bytes(self.plan.peak_bytes)}; {self._speed() or math.nan:.0f} tokens/s"
+            f" {human_bytes(self.ready.plan.peak_bytes)}; {self._speed() or math.nan:.0f} tokens/s"
         )
         for rank, one in enumerate(receipt.facts.get("ranks", ())):
             peak, sent = (human_bytes(one[key] or 0) for key in ("peak_memory_bytes", "bytes_sent"))
@@ -1057,11 +662,11 @@ class _Run:
         """The figures of the run."""
         facts = receipt.facts if receipt is not None else {}
         return TrainResult(
-            run_dir=self.config.output,
+            run_dir=self.ready.config.output,
             steps=facts.get("steps", 0),
             tokens_per_second=facts.get("tokens_per_second"),
             peak_memory_bytes=facts.get("peak_memory_bytes"),
-            predicted_peak_bytes=self.plan.peak_bytes,
+            predicted_peak_bytes=self.ready.plan.peak_bytes,
             train_loss_first=facts.get("train_loss_first"),
             train_loss_last=facts.get("train_loss_last"),
             eval_loss_before=facts.get("eval_loss_before"),
