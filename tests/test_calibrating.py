@@ -20,7 +20,7 @@ from fourbit.quantize import QuantConfig
 from fourbit.quantizing import QuantizeOptions, quantize_checkpoint
 from fourbit.quantizing import calibrate as calibrating
 from fourbit.quantizing.calibrate import Calibration
-from fourbit.quantizing.walk import calibrate_layers
+from fourbit.quantizing.walk import _Moments, calibrate_layers
 from fourbit.sources import resolve_source
 from models import PACKABLE, UNPACKABLE, write_model
 
@@ -212,3 +212,18 @@ def test_command(text, tmp_path):
     told = json.loads(done.stdout)["calibration"]
     assert set(told) >= {"tokens", "loss_held_out_before", "loss_other_after"}
     assert "loss on other text" in done.stderr
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 257, 600])
+def test_moments_are_the_sum_over_all_passes(width):
+    passes = [torch.randn(2, 7, width) for _ in range(3)]
+    moments = _Moments()
+    for x in passes:
+        moments.begin()
+        moments.add("q", x)
+        moments.add("k", x)  # the same input: summed once
+    every = torch.cat(passes).view(-1, width).double()
+    assert list(moments.sums) == ["q"]
+    for name in ("q", "k", "q"):
+        torch.testing.assert_close(moments.of(name).double(), every.t() @ every, atol=1e-4, rtol=0)
+    assert moments.of("never") is None

@@ -24,6 +24,8 @@ from fourbit.linear import QuantizedLinear, multiplying
 
 _TOKENS = 2048
 """Of one forward pass through a layer."""
+_TILE = 256
+"""Columns of a matrix of moments that are summed in one product."""
 _CLOSE = 0.05
 """Share by which the walk's last layer may differ from the model's own: far above rounding."""
 
@@ -65,15 +67,24 @@ class _Moments:
         self._seen[key] = name
         self._inputs.append(x)  # kept until the pass is over: its address must stay its own
         flat = x.detach().reshape(-1, x.shape[-1]).float()
-        if name in self.sums:
-            self.sums[name].addmm_(flat.t(), flat)
-        else:
-            self.sums[name] = flat.t() @ flat
+        width = flat.shape[1]
+        if name not in self.sums:
+            self.sums[name] = flat.new_zeros(width, width)
+        # a symmetric sum: what is left of the diagonal's tiles is never computed
+        for start in range(0, width, _TILE):
+            part = slice(start, start + _TILE)
+            self.sums[name][part, start:].addmm_(flat[:, part].t(), flat[:, start:])
 
     def of(self, name: str) -> Tensor | None:
         """The sum for one projection; None if it was never called."""
         owner = self.same_as.get(name)
-        return None if owner is None else self.sums[owner]
+        if owner is None:
+            return None
+        whole = self.sums[owner]
+        for stop in range(_TILE, len(whole), _TILE):
+            part = slice(stop - _TILE, stop)
+            whole[stop:, part] = whole[part, stop:].t()
+        return whole
 
 
 @torch.no_grad()
