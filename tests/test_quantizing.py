@@ -10,6 +10,7 @@ import signal
 import time
 import warnings
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from fourbit.linear import Linear8bit, QuantizedLinear
 from fourbit.quantize import QuantConfig
 from fourbit.quantizing import QuantizeOptions, quantize_checkpoint
 from fourbit.quantizing import run as run_module
+from fourbit.quantizing.calibrate import Calibration
 from fourbit.quantizing.compare import compare
 from fourbit.shards import Entry, ShardWriter
 from fourbit.sources import check_safetensors
@@ -132,14 +134,27 @@ def test_the_tensors_are_those_of_from_pretrained_and_save_pretrained(
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("quant", [NESTED, {"quant_type": "fp4", "double_quant": False}, INT8])
-def test_bitsandbytes_reads_it_with_the_same_weights(quant, tmp_path):
+@pytest.mark.parametrize(
+    ("quant", "calibrated"),
+    [
+        (NESTED, False),
+        ({"quant_type": "fp4", "double_quant": False}, False),
+        (INT8, False),
+        (NESTED, True),
+    ],
+)
+def test_bitsandbytes_reads_it_with_the_same_weights(quant, calibrated, tmp_path):
     bnb = pytest.importorskip("bitsandbytes.functional")
     # rows of whole blocks: their CPU kernel is wrong for others
     folder = write_model(
         tmp_path / "source", "llama", dtype=torch.bfloat16, hidden_size=64, intermediate_size=128
     )
-    quantize_checkpoint(str(folder), tmp_path / "out", options=options(quant=quant))
+    chosen = options(quant=quant)
+    if calibrated:
+        text = tmp_path / "book.txt"
+        text.write_text("A tall llama and a small one. " * 200)
+        chosen = replace(chosen, calibrate=Calibration(text, tokens=2048, length=64))
+    quantize_checkpoint(str(folder), tmp_path / "out", options=chosen)
     ours, _ = fourbit.load(str(tmp_path / "out"), dtype=torch.bfloat16)
     ids = torch.arange(24)[None]
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), torch.no_grad():
