@@ -317,3 +317,23 @@ def test_labels_are_shifted_by_one_and_the_last_is_ignored() -> None:
     assert shifted.tolist() == [[2, IGNORE, 4, IGNORE], [6, 7, 8, IGNORE]]
     assert labels.tolist()[0] == [1, 2, IGNORE, 4]
     assert shift_labels(torch.tensor([[3]])).tolist() == [[IGNORE]]
+
+
+def test_products_have_few_shapes_whatever_is_supervised(device: torch.device) -> None:
+    """Compiled code is kept for each shape of a product; a run meets every number of positions."""
+    hidden, weight, bias, labels = case(device, masked=0.0)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    shapes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.__name__.split(".")[0] in ("mm", "addmm"):
+                shapes.add(tuple(tuple(a.shape) for a in args[-2:]))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        for count in range(1, TOKENS + 1):
+            some = labels.clone()
+            some[count:] = IGNORE
+            linear_cross_entropy(hidden, weight, some, bias=bias).backward()
+    assert len(shapes) == 3  # logits, and the gradients of states and head

@@ -20,6 +20,9 @@ from fourbit.ops import cross_entropy_rows_
 IGNORE = -100
 CHUNK_BYTES = 64 << 20
 """Logits alive at once, were they float32; smaller chunks starve the matrix product."""
+_ROWS = 32
+"""Products have a multiple of as many rows. Every batch has another number of supervised positions,
+and oneDNN keeps compiled code for each shape it ever saw: 30 MB after a hundred steps."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ def _sum_and_gradients(
             torch.mm(chunk, weight.t(), out=logits)
         else:
             torch.addmm(bias, chunk, weight.t(), out=logits)
+        labels = labels_T[positions]
+        live = labels.shape[0]
         losses = cross_entropy_rows_(
-            logits,
-            labels_T[positions],
+            logits[:live],
+            labels,
             scale=transform.scale,
             softcap=transform.softcap,
             gradient=any(needs),
@@ -71,12 +76,12 @@ def _sum_and_gradients(
         total += losses.sum(dtype=torch.float64)
         grad = logits
         if grad_bias is not None:
-            grad_bias += grad.sum(0, dtype=torch.float32)
-        if grad_hidden is not None and isinstance(positions, slice):
+            grad_bias += grad[:live].sum(0, dtype=torch.float32)
+        if grad_hidden is not None and isinstance(positions, slice) and live == len(grad):
             torch.mm(grad, weight, out=grad_hidden[positions])
         elif grad_hidden is not None:
-            grad_hidden[positions] = grad @ weight
-        if grad_weight is not None:
+            grad_hidden[positions] = (grad @ weight)[:live]
+        if grad_weight is not None:  # the rows that are none are zeros of `chunk`
             grad_weight += grad.t() @ chunk
     return total.float(), (grad_hidden, grad_weight, grad_bias)
 
@@ -119,7 +124,8 @@ def _chunks(
 ) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
     """Supervised positions some at a time: which, their hidden states, room for their logits.
 
-    The room is the same memory each time: fresh memory costs more than what is done with it.
+    The room is the same memory each time: fresh memory costs more than what is done with it. States
+    and room may have more rows than there are positions; the states in them are zeros.
     """
     if isinstance(labels_T, FakeTensor):  # a plan's, of which all may count
         supervised = torch.arange(labels_T.numel())
@@ -128,12 +134,20 @@ def _chunks(
     count = supervised.numel()
     chunks = -(-count // max(1, CHUNK_BYTES // (4 * vocab)))
     rows = max(1, -(-count // max(1, chunks)))  # no last chunk of a few rows: it would cost as much
-    logits = hidden_TH.new_empty((rows, vocab))
+    logits = hidden_TH.new_empty((_rounded(rows), vocab))
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         whole = count == labels_T.numel()
         positions = slice(start, stop) if whole else supervised[start:stop]
-        yield positions, hidden_TH[positions], logits[: stop - start]
+        chunk = hidden_TH[positions]
+        padded = _rounded(len(chunk))
+        if padded != len(chunk):
+            chunk = torch.nn.functional.pad(chunk, (0, 0, 0, padded - len(chunk)))
+        yield positions, chunk, logits[:padded]
+
+
+def _rounded(rows: int) -> int:
+    return -(-rows // _ROWS) * _ROWS
 
 
 def linear_cross_entropy(
@@ -195,9 +209,11 @@ def token_losses(
             torch.mm(chunk, head, out=logits)
         else:
             torch.addmm(bias.to(hidden.dtype), chunk, head, out=logits)
-        likeliest[positions] = logits.argmax(-1) == labels[positions]
+        wanted = labels[positions]
+        logits = logits[: wanted.shape[0]]
+        likeliest[positions] = logits.argmax(-1) == wanted
         losses[positions] = cross_entropy_rows_(
-            logits, labels[positions], scale=how.scale, softcap=how.softcap, gradient=False
+            logits, wanted, scale=how.scale, softcap=how.softcap, gradient=False
         )
     return losses, likeliest
 
