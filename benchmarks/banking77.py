@@ -4,7 +4,10 @@ Scores exact match of the intent (77 labels) on `test_a` before and after, throu
 fourbit's 4-bit base, plain PEFT on the 16-bit base, and plain PEFT on the dequantized 4-bit base,
 where logits and greedy text must equal fourbit's.
 
-    python benchmarks/banking77.py --data-dir DIR [--steps 160] [--lr 5e-4] [--rows 1540]
+    python benchmarks/banking77.py --data-dir DIR [--steps 160] [--lr 5e-4] [--calibrate]
+
+`--rows` of test_a are scored. With `--calibrate` the 4-bit base is calibrated on the training texts
+(`quant.calibrate: data`).
 
 DIR holds banking77/train.jsonl.gz and banking77/test_a.jsonl.gz (rows {"text", "label"};
 PolyAI's banking77, CC BY 4.0). Appends one line per road to benchmarks/results/banking77.csv.
@@ -13,14 +16,12 @@ PolyAI's banking77, CC BY 4.0). Appends one line per road to benchmarks/results/
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import peft
@@ -35,24 +36,26 @@ from fourbit.generate import Generator, Sampling, open_generator
 from fourbit.linear import Linear4bit
 from fourbit.loading import LoadOptions, load_model
 from fourbit.sources import resolve_source
+from rows import append, stamp
 
 PROMPT, COMPLETION = "{text}", "{label}"
 SYSTEM = "Name the intent of the customer's message."
-RESULTS = Path(__file__).parent / "results" / "banking77.csv"
 LOGITS_TOLERANCE = 1e-3  # float32 products in another order
 PROMPTS = 20
 
 
-def train(data: Path, run: Path, steps: int, seed: int, lr: float) -> dict:
+def train(options: argparse.Namespace, run: Path) -> dict:
     """`fourbit train` as a user types it."""
+    data = options.data_dir
     command = [
         *(sys.executable, "-m", "fourbit", "train", "--json", "--resume", "auto"),
         *("--model", "smollm2", "--data", str(data / "banking77/train.jsonl.gz")),
         *("--data.prompt", PROMPT, "--data.completion", COMPLETION, "--data.system", SYSTEM),
         *("--data.max_length", "512", "--batch_size", "2", "--grad_accum", "1"),
-        *("--lr", str(lr), "--optim.max_grad_norm", "1.0", "--lora.lora_dropout", "0"),
-        *("--max_steps", str(steps), "--eval_every", "0", "--seed", str(seed), "-o", str(run)),
-        *("--data.eval", "200"),
+        *("--lr", str(options.lr), "--optim.max_grad_norm", "1.0", "--lora.lora_dropout", "0"),
+        *("--max_steps", str(options.steps), "--eval_every", "0", "--seed", str(options.seed)),
+        *("--data.eval", "200", "-o", str(run)),
+        *(("--quant.calibrate", "data") if options.calibrate else ()),
     ]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
@@ -69,10 +72,10 @@ def dequantized(model: nn.Module) -> nn.Module:
     return model
 
 
-def same_as_plain_peft(run: Path, prompts: list[list[int]]) -> tuple[float, int]:
+def same_as_plain_peft(base: str, run: Path, prompts: list[list[int]]) -> tuple[float, int]:
     """Largest difference of logits, and how many of the greedy texts are equal, in float32."""
     options = LoadOptions(quant=fourbit.QuantConfig(), dtype=torch.float32)
-    source = resolve_source("smollm2")
+    source = resolve_source(base)
     ours = peft.PeftModel.from_pretrained(load_model(source, options), str(run / "adapter")).eval()
     plain = peft.PeftModel.from_pretrained(
         dequantized(load_model(source, options)), str(run / "adapter")
@@ -102,6 +105,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--rows", type=int, default=1540, help="test rows to score")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--calibrate", action="store_true", help="the base, on the training texts")
     parser.add_argument(
         "--run", type=Path, default=None, help="keep the run here; go on where it stopped"
     )
@@ -121,8 +125,9 @@ def main() -> None:
 
     quant = fourbit.QuantConfig()
     before, _ = score(open_generator("smollm2", quant=quant), rows, "untouched, nf4 base")
-    result = train(options.data_dir, run, options.steps, options.seed, options.lr)
-    tuned = open_generator("smollm2", adapter=run, quant=quant)
+    result = train(options, run)
+    base = str(run / "base") if options.calibrate else "smollm2"
+    tuned = open_generator(base, adapter=run, quant=quant)
     after, _ = score(tuned, rows, "tuned, nf4 base")
     plain, tokenizer = fourbit.load("smollm2")
     elsewhere = Generator(
@@ -132,7 +137,7 @@ def main() -> None:
     )
     on_16_bits, _ = score(elsewhere, rows, "tuned, plain PEFT on the 16-bit base")
     prompts = [tuned.prompt_ids(r.messages[:-1]) for r in rows[:: max(1, len(rows) // PROMPTS)]]
-    worst, equal = same_as_plain_peft(run, prompts[:PROMPTS])
+    worst, equal = same_as_plain_peft(base, run, prompts[:PROMPTS])
     print(f"plain PEFT on the dequantized base: logits differ by {worst:.1e},")
     print(f"  greedy text equal on {equal} of {PROMPTS} prompts")
     write(options, result, {"before": before, "after": after, "after_16_bit_base": on_16_bits})
@@ -143,43 +148,25 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, result: dict, scores: dict[str, ExactMatch]) -> None:
-    RESULTS.parent.mkdir(exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    fresh = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        out = csv.writer(file)
-        if fresh:
-            out.writerow(
-                [
-                    "date",
-                    "commit",
-                    "torch",
-                    "transformers",
-                    "machine",
-                    "seed",
-                    "steps",
-                    "road",
-                    "exact_match",
-                    "stderr",
-                    "n",
-                    "train_tokens_per_second",
-                    "train_seconds",
-                    "peak_bytes",
-                    "predicted_bytes",
-                ]
-            )
-        for road, found in scores.items():
-            out.writerow(
-                [
-                    *(date.today(), commit, torch.__version__, transformers.__version__),
-                    *(platform.processor() or platform.machine(), options.seed, options.steps),
-                    *(road, f"{found.score:.4f}", f"{found.stderr:.4f}", found.n),
-                    *(result["tokens_per_second"], result["train_seconds"]),
-                    *(result["peak_memory_bytes"], result["predicted_peak_bytes"]),
-                ]
-            )
+    for road, found in scores.items():
+        row = {
+            **stamp(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "machine": platform.processor() or platform.machine(),
+            "seed": options.seed,
+            "steps": options.steps,
+            "calibrated": options.calibrate,
+            "road": road,
+            "exact_match": f"{found.score:.4f}",
+            "stderr": f"{found.stderr:.4f}",
+            "n": found.n,
+            "train_tokens_per_second": result["tokens_per_second"],
+            "train_seconds": result["train_seconds"],
+            "peak_bytes": result["peak_memory_bytes"],
+            "predicted_bytes": result["predicted_peak_bytes"],
+        }
+        append("banking77", row)
 
 
 if __name__ == "__main__":
