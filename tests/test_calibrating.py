@@ -227,3 +227,9 @@ def test_moments_are_the_sum_over_all_passes(width):
     for name in ("q", "k", "q"):
         torch.testing.assert_close(moments.of(name).double(), every.t() @ every, atol=1e-4, rtol=0)
     assert moments.of("never") is None
+
+
+def test_damping_that_is_no_number_is_refused(tmp_path):
+    done = fourbit("quantize", "m", "-o", tmp_path / "out", "--calibrate", "t", "--damping", "nan")
+    assert done.returncode == 2
+    assert "is not in the range" in done.stderr.splitlines()[-1]

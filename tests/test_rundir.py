@@ -52,6 +52,14 @@ def test_a_started_run_that_wrote_nothing_can_be_started_again(tmp_path):
         fresh(tmp_path / "run").close()
 
 
+def test_inputs_that_were_refused_leave_no_run_behind(tmp_path):
+    with fresh(tmp_path / "run") as run:
+        run.log("error: no such file")
+    with fresh(tmp_path / "run") as run:
+        run.log("better now")
+    assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 2
+
+
 def test_an_existing_run_needs_a_choice_and_is_not_touched(tmp_path):
     fill(tmp_path / "run", "old")
     before = tree(tmp_path / "run")

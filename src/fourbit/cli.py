@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -36,6 +37,16 @@ class _Lines(click.Command):
             formatter.write("Examples:\n")
             for line in self.examples.strip().splitlines():
                 formatter.write(f"  {line.strip()}\n")
+
+
+class _Number(click.FloatRange):
+    """A float in a range; NaN is in none."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        number = super().convert(value, param, ctx)
+        if number != number:
+            self.fail(f"{value} is not in the range {self._describe_range()}.", param, ctx)
+        return number
 
 
 class _TrainCommand(_Lines):
@@ -282,8 +293,8 @@ _MODEL_OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="How the base is held.",
     ),
     click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True),
-    click.option("--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True),
-    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0),
+    click.option("--temperature", type=_Number(0, 100), default=0.0, show_default=True),
+    click.option("--top-p", type=_Number(0, 1, min_open=True), default=1.0),
     click.option("--seed", type=click.IntRange(0), default=0),
     click.option("--system", default=None, help="System message."),
     click.option("--chat-template", default=None, help="Built-in name or .jinja file."),
@@ -577,7 +588,7 @@ def export(
               help="Other text, to see that calibration holds there too.")  # fmt: skip
 @click.option("--calibrate-tokens", type=click.IntRange(1024), default=131072, show_default=True,
               help="How much of the text is used.")  # fmt: skip
-@click.option("--damping", type=click.FloatRange(0, 10), default=0.01, show_default=True,
+@click.option("--damping", type=_Number(0, 10), default=0.01, show_default=True,
               help="More follows the calibration text less.")  # fmt: skip
 @_JSON
 def quantize(  # noqa: PLR0913  # one parameter for each option
@@ -726,6 +737,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     words = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in words
     _wait_asleep()
+    # PEFT imports it where it is installed; what it says of its kernels is not about ours
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if arguments is None and words[:1] in (["train"], ["demo"]) and not {"-h", "--help"} & {*words}:
         from fourbit import arena
 
@@ -733,7 +746,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         cli.main(args=words, prog_name="fourbit", standalone_mode=False)
     except FourbitError as error:
-        _fail(error.line(), error.exit_code, as_json, error.as_dict())
+        line = "" if error.told else error.line()
+        _fail(line, error.exit_code, as_json, error.as_dict())
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.UsageError as error:
@@ -788,7 +802,8 @@ def _crash(error: Exception, as_json: bool) -> NoReturn:
 
 def _fail(line: str, code: int, as_json: bool, facts: dict[str, str] | None = None) -> NoReturn:
     with contextlib.suppress(BrokenPipeError):  # nobody may be left to read it
-        click.echo(line, err=True)
+        if line:
+            click.echo(line, err=True)
         if as_json:
             click.echo(json.dumps({"error": facts or {"what": line}, "exit_code": code}))
     sys.exit(code)

@@ -35,6 +35,9 @@ class FourbitError(Exception):
         self.what = what
         self.fix = fix
 
+    told = False
+    """Whether a process of ours has printed the line already."""
+
     def line(self) -> str:
         """The error as the single line that is printed on stderr."""
         text = f"error[{self.code}] {self.where}: {self.what}"

@@ -30,7 +30,13 @@ except ImportError:  # Windows has no flock
 
 LOCK = ".lock"
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
-PARTS = (CONFIG, "adapter", CHECKPOINTS, METRICS, "receipt.json", "report.html", "log.txt")
+LOG = "log.txt"
+PARTS = (
+    CONFIG, "base", "base.unfinished", "calibration.npy", "adapter", CHECKPOINTS, METRICS,
+    "plan.json", "samples.json", "evaluations.jsonl", "receipt.json", "report.html", "summary.png",
+    LOG,
+)  # fmt: skip
+"""All that a run writes."""
 
 _MAX_NAME = 255
 _MAX_PATH = 4095
@@ -139,7 +145,7 @@ class RunDir:
     @property
     def log_path(self) -> Path:
         """What happened, with times."""
-        return self.path / "log.txt"
+        return self.path / LOG
 
     def write_text(self, path: Path | str, text: str) -> None:
         """Replaces a file of the run (a relative path is below the run) all or not at all.
@@ -250,7 +256,7 @@ class RunDir:
         old = _old_parts(self.path)
         if old and overwrite:
             _move_aside(self.path, old)
-        elif old and not resume:
+        elif not resume and old not in ([], [LOG]):  # a log alone is of inputs that were refused
             raise InputError(
                 "output-exists",
                 where=str(self.path),

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from commands import fourbit, write_config
+from fourbit.rundir import LOCK, PARTS
 from models import write_chats, write_model
 
 
@@ -35,6 +36,7 @@ def test_the_base_is_the_calibrated_one_and_the_proof_holds(run):
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["model"] == str(folder / "base")
     assert settings["quant"]["calibrate"] is None
+    assert {path.name for path in folder.iterdir()} <= {*PARTS, LOCK}  # else --overwrite leaves it
     assert not (folder / "calibration.npy").exists()
     done = fourbit("quantize", model, "-o", folder.parent / "plain")
     assert done.returncode == 0
@@ -62,6 +64,27 @@ def test_a_merge_starts_from_that_base(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_missing_text_is_told_once_and_at_once_and_the_output_stays_free(run, tmp_path):
+    model, _ = run
+    config = configured(tmp_path, model, calibrate="none.txt")
+    for _ in range(2):
+        missing = fourbit("train", config)
+        assert missing.returncode == 2
+        (told,) = [line for line in missing.stderr.splitlines() if "none.txt" in line]
+        assert told.startswith("error[no-file] none.txt: no such file")
+
+
+@pytest.mark.slow
+def test_an_error_of_calibration_is_told_once(run, tmp_path):
+    model, _ = run
+    (tmp_path / "ids.npy").write_bytes(b"no array")
+    config = configured(tmp_path, model, calibrate=str(tmp_path / "ids.npy"))
+    done = fourbit("train", config, "--json")
+    assert done.returncode == 2
+    assert done.stderr.count("error[bad-token-ids]") == 1
+    assert json.loads(done.stdout)["error"]["code"] == "bad-token-ids"
+
+
 @pytest.mark.slow
 def test_what_cannot_be_calibrated_is_one_line(run, tmp_path):
     model, folder = run
@@ -72,15 +95,8 @@ def test_what_cannot_be_calibrated_is_one_line(run, tmp_path):
     little = fourbit("train", config)
     assert little.returncode == 2
     assert "tokens, calibration needs 1024" in little.stderr.splitlines()[-1]
-    missing = fourbit("train", configured(tmp_path / "missing", model, calibrate="none.txt"))
-    assert missing.returncode == 2
-    assert "none.txt" in missing.stderr.splitlines()[-1]
     method = configured(tmp_path / "lora", model)
     assert fourbit("train", method, "--method", "lora").returncode == 2
-    path = configured(tmp_path / "compared", model)
-    compared = fourbit("compare", path, "--methods", "qlora,lora", "-o", tmp_path / "side")
-    assert compared.returncode == 2
-    assert "fourbit quantize" in compared.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
 
 BASE = "base"
+TRAINING_DATA = "data"
+"""What `quant.calibrate` calls the run's own texts."""
 _TOKENS = "calibration.npy"
 _LEAST = 1024
 
@@ -42,7 +44,7 @@ def calibrated_base(
         say.line(f"the base is {base}, calibrated before")
         return
     text = Path(str(quant.calibrate))
-    own = quant.calibrate == "data"
+    own = quant.calibrate == TRAINING_DATA
     if own:
         if len(ids) < _LEAST:
             raise InputError(

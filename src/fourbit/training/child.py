@@ -85,4 +85,5 @@ def _failed(code: int, error: dict[str, Any]) -> ChildFailed:
         fix=str(error.get("fix", "")),
     )
     failed.exit_code = code or 1
+    failed.told = bool(error)
     return failed

@@ -13,13 +13,14 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from fourbit import device as devices
 from fourbit import planning
 from fourbit.data import BatchPlan, Dataset, PreparedData, Rows, prepare, read_rows
+from fourbit.data.files import check_regular_file
 from fourbit.distributed import Ranks
 from fourbit.errors import EnvironmentFault, InputError
 from fourbit.loading import load_config, load_tokenizer, stored_quantization
 from fourbit.settings import replaced
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training import reporting
-from fourbit.training.calibrated import BASE, calibrated_base
+from fourbit.training.calibrated import BASE, TRAINING_DATA, calibrated_base
 from fourbit.training.config import RunQuant, TrainConfig
 from fourbit.training.progress import Reporter
 from fourbit.training.prompts import settle, text_context
@@ -83,6 +84,7 @@ class Preparation:
         trust = self.config.trust_remote_code
         self.model_config = load_config(self.source, trust_remote_code=trust)
         self._adopt_stored_format()
+        self._find_calibration_text()
         self.tokenizer = load_tokenizer(self.source, trust_remote_code=trust)
         self.context = text_context(self.config, self.model_config)
         self._cap_length()
@@ -153,6 +155,12 @@ class Preparation:
         self.config = self.config.model_copy(update={"quant": RunQuant.of(quant)})
         self.origins["quant.quant_type"] = "the checkpoint"
         self.say.line(f"the base is already quantized: {kind}, its bytes are used as they are")
+
+    def _find_calibration_text(self) -> None:
+        """So that a wrong name is told before anything is computed."""
+        text = self.config.quant.calibrate
+        if text is not None and text != TRAINING_DATA:
+            check_regular_file(text, key="quant.calibrate")
 
     def calibrate(self, folder: Path) -> None:
         """The run goes on with a base of its own in its folder, where that was asked for."""
