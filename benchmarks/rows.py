@@ -18,10 +18,15 @@ Row = dict[str, str]
 
 def stamp() -> dict[str, object]:
     """What every row begins with: the day, and the commit that was measured."""
-    commit = subprocess.check_output(
-        ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty"], text=True
-    ).strip()
+    commit = _git("describe", "--always")
+    # results are what a measurement leaves, not what it measured
+    changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    commit += "-dirty" if changed else ""
     return {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "commit": commit}
+
+
+def _git(*words: str) -> str:
+    return subprocess.check_output(["git", "-C", str(REPOSITORY), *words], text=True).strip()
 
 
 def append(name: str, row: Mapping[str, Any], *, folder: Path = RESULTS) -> None:
