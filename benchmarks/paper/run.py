@@ -164,8 +164,8 @@ def _datatypes_table(found: dict[str, Any]) -> str:
 
 def _methods_table(found: dict[str, Any]) -> str:
     lines = [
-        "| method | seeds | exact match, % | evaluation loss | perplexity of wikitext-2"
-        " | peak memory | trained |",
+        "| method | seeds | exact match, % | evaluation loss, before and after"
+        " | perplexity of wikitext-2 | peak memory | trained |",
         "| --- |" + " --- |" * 6,
     ]
     for row in found["rows"]:
@@ -174,7 +174,8 @@ def _methods_table(found: dict[str, Any]) -> str:
         scores = row["scores"]
         lines.append(
             f"| {row['method']} | {len(row['seeds'])} |"
-            f" {_interval(scores['exact_match'], 100, 1)} | {_interval(row['eval_loss'], 1, 4)} |"
+            f" {_interval(scores['exact_match'], 100, 1)} |"
+            f" {row['eval_loss_before']:.3f}, {_interval(row['eval_loss'], 1, 4)} |"
             f" {_interval(scores['perplexity'], 1, 2)} (before"
             f" {scores['perplexity']['before']:.2f}) | {row['peak_memory_bytes'] / 1e9:.2f} GB |"
             f" {row['trainable_parameters']:,} |"
