@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import pytest
 import yaml
@@ -14,7 +15,17 @@ from fourbit.comparison import parse_variants
 from fourbit.comparison.results import item_values
 from fourbit.comparison.statistics import compare_items, compare_losses, over_seeds
 from fourbit.errors import InputError
-from models import write_chats
+from models import PACKABLE, linears, tiny_model, write_chats
+
+
+@pytest.mark.parametrize("name", PACKABLE)
+def test_attention_and_mlp_are_all_linear_layers_and_nothing_else(name):
+    model = tiny_model(name)
+    found = []
+    for config in configs("qlora-attention,qlora-mlp").values():
+        pattern = str(config.lora.target_modules)
+        found += [n for n, _ in model.named_modules() if re.fullmatch(pattern, n)]
+    assert sorted(found) == sorted(n for n in linears(model) if "lm_head" not in n)
 
 
 def configs(methods, *variants, base=()):

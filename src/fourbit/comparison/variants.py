@@ -20,6 +20,16 @@ from fourbit.training.config import SHORT_FORMS, TrainConfig
 FULL_RATE = 0.1
 """Full fine-tuning gets this share of the learning rate: every weight moves, not an adapter."""
 
+# Linear layers by their usual names: what lies around them (norms, activations, the block itself)
+# cannot carry an adapter.
+_ATTENTION = (
+    r".*(attn|attention)\.([a-z]+_proj|c_attn|c_proj|query_key_value|dense|[Ww]qkv|W_pack|w[qkvo])"
+)
+_MLP = (
+    r".*(mlp|feed_forward)\.([a-z_]+_proj|c_fc|c_proj|fc1|fc2|fc_in|fc_out|w[123]"
+    r"|dense_h_to_4h|dense_4h_to_h)"
+)
+
 _PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "nf4": (("quant.quant_type", "nf4"),),
     "fp4": (("quant.quant_type", "fp4"),),
@@ -28,8 +38,8 @@ _PARTS: dict[str, tuple[tuple[str, str], ...]] = {
     "double": (("quant.double_quant", "true"),),
     "single": (("quant.double_quant", "false"),),
     "calibrated": (("quant.calibrate", "data"),),
-    "attention": (("lora.target_modules", r".*(attn|attention).*"),),
-    "mlp": (("lora.target_modules", r".*(mlp|feed_forward).*"),),
+    "attention": (("lora.target_modules", _ATTENTION),),
+    "mlp": (("lora.target_modules", _MLP),),
     "rslora": (("lora.use_rslora", "true"),),
     "dora": (("lora.use_dora", "true"),),
     "8bit": (("optim.optim_bits", "8"),),
