@@ -6,6 +6,7 @@ would count for the next. What is finished is on disk, so a comparison that was 
 
 from __future__ import annotations
 
+import glob
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,7 @@ class _Job:
                 found = None
             wanted = json.loads(valid_json(wanted))
             _fill_in_defaults(found, wanted)
+            self._let_change_what_is_unfinished(found, wanted)
             changed = _first_difference(found, wanted)
             if not changed and found is not None:
                 self._keep_others(found)
@@ -138,16 +140,26 @@ class _Job:
                     what="holds files that are not of a comparison",
                     fix="choose an empty or new output folder",
                 )
-            number = 1
-            while (aside := self.folder.with_name(f"{self.folder.name}.old-{number}")).exists():
-                number += 1
-            self.folder.rename(aside)
+            _move_aside(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError("bad-path", where=str(self.folder), what=str(error.strerror),
                              fix="choose another output folder") from None  # fmt: skip
         self._write()
+
+    def _let_change_what_is_unfinished(self, found: Any, wanted: Mapping[str, Any]) -> None:
+        """Settings of a method that gave no result yet are corrected, not mixed in."""
+        stored = found.get("settings") if isinstance(found, dict) else None
+        if not isinstance(stored, dict):
+            return
+        for name in self.configs:
+            results = (self.folder / "results").glob(f"{glob.escape(name)}-seed*.json")
+            finished = any(Outcome.read(path) is not None for path in results)
+            if name in stored and stored[name] != wanted["settings"][name] and not finished:
+                del stored[name]
+                if (self.folder / name).exists():
+                    _move_aside(self.folder / name)
 
     def _keep_others(self, found: Mapping[str, Any]) -> None:
         """The settings of methods that an earlier command compared are remembered."""
@@ -280,6 +292,13 @@ class _Job:
 
     def _child(self, *words: object) -> dict[str, Any]:
         return run_command(*words, where=str(self.folder))
+
+
+def _move_aside(folder: Path) -> None:
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(aside)
 
 
 def _each(path: Path) -> list[dict[str, Any]]:
