@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from memory import text
+from memory import text, training
 from rows import append, stamp
 
 FIELDS = {"VmHWM": "peak_mb", "RssAnon": "anonymous_mb", "RssFile": "file_mb"}
@@ -61,8 +61,7 @@ def measured(options: argparse.Namespace, budget: str) -> dict[str, object]:
             "output": Path(folder) / "run",
             **({"budget": budget} if budget else {"gradient_checkpointing": "all"}),
         }
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        out, most = watched([sys.executable, "-m", "fourbit", "train", *words, "--json"])
+        out, most = watched(training(settings))
     if "run_dir" not in (told := json.loads(out)):
         sys.exit(f"the run ended: {told['error']['what']}")
     return {

@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 
@@ -70,12 +70,19 @@ def baseline() -> int:
 
 
 def text(path: Path, length: int, rows: int) -> None:
-    """Rows longer than any sequence, of words from this repository."""
+    """Rows of a little more than ``length`` tokens, of words from this repository."""
     words = (REPOSITORY / "README.md").read_text().split()
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
-            file.write(json.dumps({"text": " ".join(draw.choices(words, k=4 * length))}) + "\n")
+            drawn = " ".join(draw.choices(words, k=2 * length))
+            file.write(json.dumps({"text": drawn[: 4 * length]}) + "\n")
+
+
+def training(settings: Mapping[str, object]) -> list[str]:
+    """The command of a run with these settings."""
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    return [sys.executable, "-m", "fourbit", "train", *words, "--json"]
 
 
 def run(cell: Cell, model: str, steps: int) -> tuple[int, int]:
@@ -88,6 +95,7 @@ def run(cell: Cell, model: str, steps: int) -> tuple[int, int]:
             **METHODS[method],
             "model": model,
             "data.train": str(data),
+            "data.eval": batch,
             "data.max_length": length,
             "data.packing": str(packing).lower(),
             "data.train_on": "all",
@@ -98,9 +106,7 @@ def run(cell: Cell, model: str, steps: int) -> tuple[int, int]:
             "gradient_checkpointing": checkpointing,
             "output": str(Path(folder) / "run"),
         }
-        words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-        command = [sys.executable, "-m", "fourbit", "train", *words, "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(training(settings), capture_output=True, text=True, check=False)
         if not done.stdout.strip():
             sys.exit(f"{name_of(cell)}: {done.stderr.strip().splitlines()[-1]}")
     told = json.loads(done.stdout)
