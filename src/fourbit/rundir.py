@@ -30,11 +30,15 @@ except ImportError:  # Windows has no flock
 
 LOCK = ".lock"
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+ADAPTER, RECEIPT, REPORT, SUMMARY = "adapter", "receipt.json", "report.html", "summary.png"
+PLAN, SAMPLES, SCORES = "plan.json", "samples.json", "scores.json"
+EVALUATIONS = "evaluations.jsonl"
+"""What `fourbit eval --adapter RUN` found, one object an evaluation."""
+BASE, CALIBRATION = "base", "calibration.npy"
 LOG = "log.txt"
 PARTS = (
-    CONFIG, "base", "base.unfinished", "calibration.npy", "adapter", CHECKPOINTS, METRICS,
-    "plan.json", "samples.json", "evaluations.jsonl", "receipt.json", "report.html", "summary.png",
-    LOG,
+    CONFIG, BASE, f"{BASE}.unfinished", CALIBRATION, ADAPTER, CHECKPOINTS, METRICS, PLAN, SAMPLES,
+    SCORES, EVALUATIONS, RECEIPT, REPORT, SUMMARY, LOG,
 )  # fmt: skip
 """All that a run writes."""
 
@@ -120,7 +124,7 @@ class RunDir:
     @property
     def adapter_dir(self) -> Path:
         """The trained adapter in PEFT's files."""
-        return self.path / "adapter"
+        return self.path / ADAPTER
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -135,12 +139,12 @@ class RunDir:
     @property
     def receipt_path(self) -> Path:
         """The checks of the finished run."""
-        return self.path / "receipt.json"
+        return self.path / RECEIPT
 
     @property
     def report_path(self) -> Path:
         """The report for people."""
-        return self.path / "report.html"
+        return self.path / REPORT
 
     @property
     def log_path(self) -> Path:

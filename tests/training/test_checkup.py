@@ -12,7 +12,8 @@ from commands import fourbit as command
 from commands import train_quietly
 from fourbit.errors import EnvironmentFault, FourbitError, InputError, NumericStop
 from fourbit.objective import Objective
-from fourbit.training.checkup import EVALUATIONS_FILE, Records, check_up, findings
+from fourbit.rundir import EVALUATIONS
+from fourbit.training.checkup import Records, check_up, findings
 from models import write_chats
 
 HEALTHY = {
@@ -337,7 +338,7 @@ def test_the_command(trained, tmp_path):
     assert facts["findings"] == []
     assert facts["machine"]["cores"]
     asked = {"results": {"f1": {"prompting": {"template": "chatml", "system": "x"}}}}
-    with (run / EVALUATIONS_FILE).open("a") as file:
+    with (run / EVALUATIONS).open("a") as file:
         file.write(json.dumps(asked) + "\n" + '{"results": {"cut sho')
     done = command("doctor", run)
     assert "seen:   f1 was asked with another system message" in done.stdout

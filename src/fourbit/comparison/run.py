@@ -21,9 +21,8 @@ from fourbit.errors import EnvironmentFault, InputError
 from fourbit.evaluation.run import split_tasks
 from fourbit.files import replace_file, valid_json
 from fourbit.methods import quantized_base
-from fourbit.rundir import RunDir, check_path
+from fourbit.rundir import ADAPTER, BASE, PLAN, RunDir, check_path
 from fourbit.settings import Resolved, dump_settings, replaced
-from fourbit.training.calibrated import BASE
 from fourbit.training.child import ChildFailed, run_command
 from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
@@ -232,7 +231,7 @@ class _Job:
             self.say.warn(f"{name}, seed {seed}: {failure.line()}")
             return Outcome(failed=failure.line())
         metrics = RunDir(run).read_metrics()
-        plan = json.loads((run / "plan.json").read_text(encoding="utf-8")).get("plan", {})
+        plan = json.loads((run / PLAN).read_text(encoding="utf-8")).get("plan", {})
         return Outcome(trained, before, after, metrics, plan)
 
     def _train(self, config: TrainConfig, name: str, seed: int, run: Path) -> dict[str, Any]:
@@ -261,7 +260,7 @@ class _Job:
         if not self.tasks:
             return {}
         if config.method == "full":
-            model: list[object] = [run / "adapter"]
+            model: list[object] = [run / ADAPTER]
         else:
             base = run / BASE if has_own_base(config) else config.model
             model = [base, "--adapter", run]

@@ -17,9 +17,8 @@ from fourbit.evaluation.scoring import Scorer
 from fourbit.evaluation.tasks import Material, TaskResult, task_of
 from fourbit.files import replace_file, valid_json
 from fourbit.generate import Generator, open_generator
-from fourbit.rundir import CONFIG
+from fourbit.rundir import CONFIG, EVALUATIONS
 from fourbit.settings import load_settings
-from fourbit.training.checkup import EVALUATIONS_FILE
 from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
 
@@ -156,7 +155,7 @@ def _as_trained(options: EvalOptions, run: Path) -> EvalOptions:
 def _record(run: Path, result: EvalResult, reporter: Reporter) -> None:
     """Keeps what was found with the run, for `fourbit doctor RUN`."""
     try:
-        with (run / EVALUATIONS_FILE).open("a", encoding="utf-8") as file:
+        with (run / EVALUATIONS).open("a", encoding="utf-8") as file:
             file.write(valid_json(result.as_dict()) + "\n")
     except OSError as error:
         reporter.warn(f"not recorded in {run}: {error.strerror}")

@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 
 from fourbit.errors import InputError
 from fourbit.files import human_bytes
+from fourbit.rundir import BASE, CALIBRATION
 from fourbit.training.child import quantize_words, run_command
 from fourbit.training.config import TrainConfig
 from fourbit.training.progress import Reporter
 
-BASE = "base"
 TRAINING_DATA = "data"
 """What `quant.calibrate` calls the run's own texts."""
-_TOKENS = "calibration.npy"
 _LEAST = 1024
 
 
@@ -53,7 +52,7 @@ def calibrated_base(
                 what=f"the training data holds {len(ids)} tokens, calibration needs {_LEAST}",
                 fix="name a larger file of text, or leave it out",
             )
-        text = run / _TOKENS
+        text = run / CALIBRATION
         np.save(text, ids)
     say.line(f"calibrating the base on {'the training data' if own else text}")
     words = quantize_words(config, base, revision)

@@ -20,13 +20,9 @@ from typing import Any
 from fourbit.errors import InputError
 from fourbit.files import human_bytes
 from fourbit.methods import trains_prompt
-from fourbit.rundir import CONFIG, RunDir
+from fourbit.rundir import CONFIG, EVALUATIONS, PLAN, SAMPLES, SCORES, RunDir
 from fourbit.settings import load_settings
 from fourbit.training.config import TrainConfig
-from fourbit.training.reporting import PLAN_FILE, SAMPLES_FILE, SCORES_FILE
-
-EVALUATIONS_FILE = "evaluations.jsonl"
-"""What `fourbit eval --adapter RUN` found, one object an evaluation."""
 
 _FEW_STEPS = 20
 _LOW_RATE = {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5, "prompt_tuning": 1e-3, "p_tuning": 1e-4}
@@ -101,7 +97,7 @@ class Records:
                 fix="give the folder that `fourbit train` wrote",
             )
         run = RunDir(path)
-        plan = _json(path / PLAN_FILE, {})
+        plan = _json(path / PLAN, {})
         return cls(
             config=load_settings(TrainConfig, path=run.config_path).value,
             metrics=run.read_metrics(),
@@ -109,9 +105,9 @@ class Records:
             audit=plan.get("audit") or {},
             machine=plan.get("machine") or {},
             receipt=_json(run.receipt_path, {}),
-            samples=_json(path / SAMPLES_FILE, []),
-            scores=_json(path / SCORES_FILE, {}),
-            evaluations=_json_lines(path / EVALUATIONS_FILE),
+            samples=_json(path / SAMPLES, []),
+            scores=_json(path / SCORES, {}),
+            evaluations=_json_lines(path / EVALUATIONS),
             log=_lines(run.log_path),
         )
 

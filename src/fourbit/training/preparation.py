@@ -17,10 +17,11 @@ from fourbit.data.files import check_regular_file
 from fourbit.distributed import Ranks
 from fourbit.errors import EnvironmentFault, InputError
 from fourbit.loading import load_config, load_tokenizer, stored_quantization
+from fourbit.rundir import BASE
 from fourbit.settings import replaced
 from fourbit.sources import ModelSource, resolve_source
 from fourbit.training import reporting
-from fourbit.training.calibrated import BASE, TRAINING_DATA, calibrated_base
+from fourbit.training.calibrated import TRAINING_DATA, calibrated_base
 from fourbit.training.config import RunQuant, TrainConfig
 from fourbit.training.progress import Reporter
 from fourbit.training.prompts import settle, text_context

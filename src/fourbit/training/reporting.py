@@ -8,19 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fourbit.report import ReportContent, plot_summary, write_report
-from fourbit.rundir import RunDir
+from fourbit.rundir import PLAN, SAMPLES, SCORES, SUMMARY, RunDir
 from fourbit.settings import load_settings
 from fourbit.training.config import TrainConfig
-
-PLAN_FILE = "plan.json"
-SAMPLES_FILE = "samples.json"
-SCORES_FILE = "scores.json"
 
 
 def report_content(folder: RunDir) -> ReportContent:
     """Everything the report shows, read from the run's files."""
     resolved = load_settings(TrainConfig, path=folder.config_path)
-    plan = _read(folder.path / PLAN_FILE) or {}
+    plan = _read(folder.path / PLAN) or {}
     receipt = _read(folder.receipt_path) or {}
     return ReportContent(
         title=folder.path.name,
@@ -30,8 +26,8 @@ def report_content(folder: RunDir) -> ReportContent:
         plan=plan.get("plan", {}),
         measured_peak_bytes=receipt.get("peak_memory_bytes"),
         receipt=receipt,
-        samples=_read(folder.path / SAMPLES_FILE) or [],
-        scores=_read(folder.path / SCORES_FILE),
+        samples=_read(folder.path / SAMPLES) or [],
+        scores=_read(folder.path / SCORES),
         audit=plan.get("audit", {}),
         machine=plan.get("machine", {}),
     )
@@ -48,16 +44,16 @@ def write_run_report(
         picture: also write ``summary.png``.
     """
     if scores is not None:
-        folder.write_json(SCORES_FILE, dict(scores))
+        folder.write_json(SCORES, dict(scores))
     content = report_content(folder)
     write_report(folder.report_path, content)
     if picture:
-        plot_summary(folder.path / "summary.png", content)
+        plot_summary(folder.path / SUMMARY, content)
 
 
 def gave_way(folder: RunDir) -> dict[str, Any]:
     """The settings that gave way to the budget when the run in ``folder`` began."""
-    plan = (_read(folder.path / PLAN_FILE) or {}).get("plan", {})
+    plan = (_read(folder.path / PLAN) or {}).get("plan", {})
     return dict(plan.get("recommended", {}))
 
 

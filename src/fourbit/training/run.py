@@ -37,7 +37,7 @@ from fourbit.methods import quantized_base, trains_prompt
 from fourbit.objective import Objective, mixed_precision
 from fourbit.optim import build_optimizer
 from fourbit.receipt import Check, Receipt, Watch, combined_digest, read_receipt
-from fourbit.rundir import RunDir, UnwrittenRunDir
+from fourbit.rundir import PLAN, SAMPLES, RunDir, UnwrittenRunDir
 from fourbit.settings import Resolved, dump_settings
 from fourbit.training import reporting
 from fourbit.training.adapter import (
@@ -243,7 +243,7 @@ class _Run:
 
     def _write_plan(self) -> None:
         self.folder.write_json(
-            reporting.PLAN_FILE,
+            PLAN,
             {
                 "plan": self.ready.plan.as_dict(),
                 "rehearsed_peak_bytes": self.rehearsed,
@@ -585,7 +585,7 @@ class _Run:
             memory_events=self.loop.state.memory_events,
         )
         self._combine(receipt)
-        self.folder.write_json(reporting.SAMPLES_FILE, samples)
+        self.folder.write_json(SAMPLES, samples)
         self.folder.write_json(self.folder.receipt_path, receipt.as_dict())
         self._print_receipt(receipt)
         if not self.ranks.first:
