@@ -200,6 +200,7 @@ def test_another_comparison_is_not_mixed_in(compared):
     assert (foreign / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_method_that_gave_no_result_yet_may_be_corrected(compared):
     words, folder, _ = compared
     narrow = ["wide=qlora --lora.r 2" if "4096" in str(word) else word for word in words]
@@ -212,6 +213,7 @@ def test_a_method_that_gave_no_result_yet_may_be_corrected(compared):
     assert "settings, wide, lora" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_base_that_the_run_calibrates_is_the_one_that_is_measured(tmp_path, model_folder):
     model = model_folder("llama")
     data = {"train": str(write_chats(tmp_path / "many.jsonl", 90)), "eval": 2, "max_length": 128}

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fourbit"
 
 # From the ground up; a room may import rooms on lower floors and on its own.
 FLOORS = [
-    {"errors"},
+    {"errors", "lazy"},
     {"files", "settings", "native", "arena"},
     {"codebook", "device", "shards", "rundir", "methods"},
     {"ops", "checkpoint", "distributed"},
@@ -132,6 +132,14 @@ def test_importing_fourbit_loads_nothing_heavy():
         "import sys, fourbit, fourbit.cli;"
         "print([m for m in ('torch', 'transformers', 'peft', 'numpy', 'matplotlib')"
         " if m in sys.modules])"
+    )
+    assert run_python(code) == "[]"
+
+
+def test_settings_are_read_before_transformers_is():
+    code = (
+        "import sys, fourbit.training.config, fourbit.comparison;"
+        "print([m for m in ('transformers', 'peft', 'accelerate') if m in sys.modules])"
     )
     assert run_python(code) == "[]"
 

@@ -178,7 +178,6 @@ def plan(
     as_json: bool,
 ) -> None:
     """Says what fine-tuning MODEL needs in memory, before anything is loaded."""
-    from fourbit.api import plan as make_plan
     from fourbit.settings import load_settings
     from fourbit.training.config import SHORT_FORMS, TrainConfig
 
@@ -191,6 +190,8 @@ def plan(
             "missing-value", where="plan", what="no model given", fix="fourbit plan MODEL"
         )
     run = load_settings(TrainConfig, path=path, overrides=overrides, short_forms=SHORT_FORMS).value
+    from fourbit.api import plan as make_plan
+
     result = make_plan(run.model, config=run, device=device, compare=True, processes=nproc)
     lines = result.lines()
     if plot is not None:
@@ -240,15 +241,18 @@ def compare(
     **options: Any,
 ) -> None:
     """Trains the same data by several methods and seeds: quality, memory, speed; table and page."""
-    from fourbit.comparison import CompareOptions, parse_variants
+    from fourbit.comparison import parse_variants
+
+    path, overrides = _split(settings)
+    variants = parse_variants(methods, variant)
+    from fourbit.comparison import CompareOptions
     from fourbit.comparison import compare as run_comparison
     from fourbit.training.progress import Reporter
 
-    path, overrides = _split(settings)
     result = run_comparison(
         path,
         overrides,
-        parse_variants(methods, variant),
+        variants,
         options=CompareOptions(**options),
         reporter=Reporter(),
     )

@@ -28,7 +28,7 @@ KINDS = [
     ("fsdp", "nf4", False),
     ("fsdp", "int8", True),
 ]
-KINDS += [(parallel, quant, not packing) for parallel, quant, packing in KINDS]
+OTHER_KINDS = [(parallel, quant, not packing) for parallel, quant, packing in KINDS]
 SHORT = {"max_steps": 5, "samples": 0, "save_every": 0, "eval_every": 2}
 
 
@@ -83,6 +83,11 @@ def runs(tmp_path_factory, model_folder):
 
 
 @pytest.fixture(scope="module")
+def other_runs(tmp_path_factory, model_folder):
+    return train_kinds(tmp_path_factory.mktemp("kinds"), model_folder("llama"), OTHER_KINDS)
+
+
+@pytest.fixture(scope="module")
 def alone(tmp_path_factory, model_folder):
     """The same in this process alone, made when it is asked for."""
     made: dict[tuple, Path] = {}
@@ -116,6 +121,13 @@ def test_a_base_quantized_once_for_all_gives_the_same_bytes(tmp_path, model_fold
 def test_two_processes_give_the_bytes_of_one(runs, alone, kind):
     assert curve(runs[kind]) == curve(alone(*kind[1:]))
     assert adapter(runs[kind]) == adapter(alone(*kind[1:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHER_KINDS, ids=name_of)
+def test_two_processes_give_the_bytes_of_one_with_and_without_packing(other_runs, alone, kind):
+    assert curve(other_runs[kind]) == curve(alone(*kind[1:]))
+    assert adapter(other_runs[kind]) == adapter(alone(*kind[1:]))
 
 
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=name_of)
