@@ -85,7 +85,7 @@ def training(settings: Mapping[str, object]) -> list[str]:
     return [sys.executable, "-m", "fourbit", "train", *words, "--json"]
 
 
-def run(cell: Cell, model: str, steps: int) -> tuple[int, int]:
+def run(cell: Cell, model: str, steps: int = 3) -> tuple[int, int]:
     """``(planned, measured)`` peak bytes of one run."""
     method, batch, length, checkpointing, packing = cell
     with tempfile.TemporaryDirectory() as folder:
