@@ -79,9 +79,8 @@ def test_kernels_equal_the_reference_on_a_gpu(group):
     assert f"{group}: equal" in child("compare.py", group, "cuda", interpret=False)
 
 
-@pytest.mark.parametrize(
-    "arch", [*(pytest.param(arch, marks=pytest.mark.slow) for arch in ("80", "89")), "90"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "89", "90"])
 def test_kernels_stay_within_their_budget(arch, tmp_path):
     """Compiled by ptxas for a card that is not here: registers, spills, instructions a weight."""
     out = child("budget.py", arch, str(tmp_path), interpret=False)

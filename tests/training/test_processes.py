@@ -159,7 +159,7 @@ def only_until(run: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, model_folder, parallel):
     changes = {"max_steps": 8, "samples": 0, "save_every": 1, "save_total_limit": None}
     changes |= {"grad_accum": 4, "eval_every": 3, "parallel": parallel}
