@@ -12,6 +12,7 @@ from fourbit import native
 from fourbit.decoding import Choice, Decoder, build_decoder
 from fourbit.decoding.sampling import choose
 from fourbit.generate import Generator, Sampling
+from fourbit.integrations.anatomy import cache_argument
 from fourbit.integrations.peft import base_model
 from fourbit.integrations.transformers import quantize_model
 from fourbit.quantize import QuantConfig
@@ -84,7 +85,9 @@ def assert_same_scores(
     inputs = [torch.tensor([row]) for row in rows]
     for step in range(steps + 1):
         for row, cache in enumerate(caches):
-            truth = model(input_ids=inputs[row], past_key_values=cache, use_cache=True)
+            truth = model(
+                input_ids=inputs[row], use_cache=True, **{cache_argument(type(model)): cache}
+            )
             expected = truth.logits[0, -1].float()
             assert scores[row].isfinite().all()
             error = (scores[row] - expected).abs().max()

@@ -26,6 +26,7 @@ from fourbit import native
 from fourbit.decoding import Choice, GraphDecoder, build_decoder
 from fourbit.errors import InputError
 from fourbit.generate import Generator, Sampling
+from fourbit.integrations.anatomy import cache_argument
 from fourbit.integrations.transformers import quantize_model
 from fourbit.quantize import QuantConfig
 from models import tiny_model, tiny_tokenizer
@@ -122,7 +123,9 @@ def assert_same_scores(
     inputs = [torch.tensor([row]) for row in rows]
     for step in range(STEPS + 1):
         for row, cache in enumerate(caches):
-            truth = model(input_ids=inputs[row], past_key_values=cache, use_cache=True)
+            truth = model(
+                input_ids=inputs[row], use_cache=True, **{cache_argument(type(model)): cache}
+            )
             expected = truth.logits[0, -1].float()
             assert scores[row].isfinite().all()
             error = (scores[row] - expected).abs().max()

@@ -6,19 +6,21 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fourbit import native
 from fourbit.fused import observer, paths
 from fourbit.fused.scratch import SCRATCH, Scratch
-from fourbit.integrations.anatomy import FUSED_FROM, known_layers
+from fourbit.integrations.anatomy import CACHE_ARGUMENTS, FUSED_FROM, known_layers
 from fourbit.integrations.attention import NAME, register
-from fourbit.integrations.fused import fused_class, use_fast_paths
+from fourbit.integrations.fused import _signature, fused_class, use_fast_paths
 from fourbit.integrations.transformers import (
     FourbitConfig,
     enable_checkpointing,
@@ -371,3 +373,35 @@ def test_from_pretrained_fuses_unless_told_not_to(
     run_plain(model, torch.randint(0, 256, (1, 5)))
     assert paths(model) == ({"fused": 2} if wanted and native.isa() != "scalar" else {})
     assert "fused_layers" not in model.config.quantization_config.to_dict()
+
+
+def test_an_argument_of_a_later_release_is_not_passed_over(monkeypatch: pytest.MonkeyPatch):
+    now = LlamaDecoderLayer.forward
+
+    def later(
+        self: Any, hidden_states: Tensor, *args: Any, scale: float | None = None, **kwargs: Any
+    ):
+        return now(self, hidden_states, *args, **kwargs) * (1.0 if scale is None else scale)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", later)
+    _signature.cache_clear()
+    model = fuse(build("llama")).eval()
+    layer, x = known_layers(model)[0], torch.randn(1, 5, 48)
+    tables = (torch.ones(1, 5, 12), torch.zeros(1, 5, 12))
+    with torch.no_grad():
+        wanted = layer(x, position_embeddings=tables, scale=None)
+        assert paths(layer) == {"fused": 1}
+        torch.testing.assert_close(layer(x, position_embeddings=tables, scale=2.0), 2 * wanted)
+    assert paths(layer) == {"generic: an unknown argument: scale": 1}
+    _signature.cache_clear()
+
+
+@pytest.mark.parametrize("name", CACHE_ARGUMENTS)
+def test_a_cache_is_filled_by_whichever_name(name: str):
+    layer = known_layers(fuse(build("llama")).eval())[0]
+    x = torch.randn(1, 5, 48)
+    tables = (torch.ones(1, 5, 12), torch.zeros(1, 5, 12))
+    cache = DynamicCache()
+    with torch.no_grad():
+        layer(x, position_embeddings=tables, **{name: cache})
+    assert cache.get_seq_length(0) == 5

@@ -189,13 +189,9 @@ def test_ranges_of_padding_and_windows():
     config._attn_implementation = NAME
     x = torch.zeros(1, 6, 4)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
-    made = create_causal_mask(
-        config=config, inputs_embeds=x, attention_mask=mask, past_key_values=None
-    )
+    made = create_causal_mask(config, x, mask, None)
     assert visible_ranges(made).first.tolist() == [[6, 6, 2, 2, 2, 2]]
-    made = create_sliding_window_causal_mask(
-        config=config, inputs_embeds=x, attention_mask=None, past_key_values=None
-    )
+    made = create_sliding_window_causal_mask(config, x, None, None)
     assert visible_ranges(made).first.tolist() == [[0, 0, 0, 1, 2, 3]]
     assert visible_ranges(made & made) is None, "a changed mask has no ranges"
     made[0, 0, 3, 3] = False

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from fourbit.integrations.anatomy import cache_argument
+
 _SHARED_PREFIX = 8
 """From this length on a beginning that all prompts have in common is computed once."""
 
@@ -33,9 +35,10 @@ def read_prompts(
     # Padding goes to the right, where no token of a prompt looks, so no mask is needed.
     lengths = [len(prompt) for prompt in prompts]
     cache, shared = DynamicCache(), _shared_prefix(prompts)
+    kept = {cache_argument(type(inner)): cache}
     for start in range(0, shared, tokens):
         part = torch.tensor([prompts[0][start : min(start + tokens, shared)]], device=device)
-        inner(input_ids=part, past_key_values=cache, use_cache=True)
+        inner(input_ids=part, use_cache=True, **kept)
     if shared and len(prompts) > 1:
         cache.batch_repeat_interleave(len(prompts))
     ids = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
@@ -46,7 +49,7 @@ def read_prompts(
     states: list[Tensor] = [torch.empty(0)] * len(prompts)
     for start in range(shared, ids.shape[1], width):
         part = ids[:, start : start + width]
-        hidden = inner(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = inner(input_ids=part, use_cache=True, **kept).last_hidden_state
         for row, length in enumerate(lengths):
             if start < length <= start + part.shape[1]:
                 states[row] = hidden[row, length - 1 - start].float()

@@ -6,7 +6,10 @@ something else. Parts are looked up by name at every call, because PEFT replaces
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fourbit.fused.parts import Heads, Norm
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What a forward calls the keys and values it goes on from: transformers 5.24 changed the name."""
 
 
 @dataclass(frozen=True)
@@ -190,6 +196,19 @@ def dropout_free(layer: nn.Module, names: LayerNames) -> bool:
 def residual_scale(layer: nn.Module, names: LayerNames) -> float:
     """What results are multiplied by before they are added to the layer's input."""
     return 1.0 if names.residual_scale is None else float(getattr(layer, names.residual_scale))
+
+
+@lru_cache(maxsize=64)
+def cache_argument(cls: type[nn.Module]) -> str:
+    """The name under which this class' forward takes a cache: one of `CACHE_ARGUMENTS`."""
+    parameters = inspect.signature(cls.forward).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), CACHE_ARGUMENTS[-1])
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Any:
+    """The cache that a forward was given, by whichever name; None without one."""
+    given = (arguments.get(name) for name in CACHE_ARGUMENTS)
+    return next((cache for cache in given if cache is not None), None)
 
 
 def rotary_tables(

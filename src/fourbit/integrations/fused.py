@@ -32,9 +32,11 @@ from fourbit.fused.parts import draw_seeds, only_observes
 from fourbit.fused.projection import Group
 from fourbit.fused.residual import Residual
 from fourbit.integrations.anatomy import (
+    CACHE_ARGUMENTS,
     FUSED_FROM,
     LayerNames,
     activation_of,
+    cache_among,
     dropout_free,
     heads_of,
     known_layers,
@@ -48,6 +50,22 @@ from fourbit.integrations.peft import LoraLinear4bit, plain_adapter
 from fourbit.linear import Linear4bit
 from fourbit.ops import fused_dtypes, has_kernels
 
+_READ = frozenset(
+    (
+        *CACHE_ARGUMENTS,
+        "adapter_names",
+        "attention_mask",
+        "cache_position",
+        "encoder_attention_mask",
+        "encoder_hidden_states",
+        "hidden_states",
+        "output_attentions",
+        "position_embeddings",
+        "position_ids",
+        "use_cache",
+    )
+)
+"""Arguments of a layer that are read here, or that change nothing beside the others."""
 _TOO_SLOW = ("scalar",)
 """Instruction sets for which torch's own operations are faster than our kernels."""
 
@@ -100,6 +118,7 @@ class _FusedLayer:
         assert isinstance(self, nn.Module)
         try:
             arguments = _bound(type(self), hidden_states, args, kwargs)
+            _require_known(type(self), arguments)
             attention, mlp = _blocks(self, hidden_states, arguments)
         except _Generic as reason:
             record_path(self, f"generic: {reason}")
@@ -134,9 +153,17 @@ def _bound(cls: type, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if not args:
         return kwargs
     try:
-        return dict(_signature(cls).bind(None, x, *args, **kwargs).arguments)
+        arguments = dict(_signature(cls).bind(None, x, *args, **kwargs).arguments)
     except TypeError:
         raise _Generic("unknown arguments") from None
+    return {name: value for name, value in arguments.items() if name != "kwargs"} | kwargs
+
+
+def _require_known(cls: type, arguments: Mapping[str, Any]) -> None:
+    """A parameter that a later transformers adds, or names anew, is not passed over in silence."""
+    for name in arguments.keys() - _READ:
+        if name in _signature(cls).parameters and arguments[name] is not None:
+            raise _Generic(f"an unknown argument: {name}")
 
 
 def _blocks(
@@ -179,7 +206,7 @@ def _blocks(
             batch=batch,
             out=groups[1],
             residual=Residual(_after(layer, names.norm_after_attention, x), scale),
-            keep=_cache(arguments.get("past_key_values"), attention),
+            keep=_cache(cache_among(arguments), attention),
             shared=shared,
         ),
         MlpBlock(
